@@ -1,11 +1,10 @@
 """What the nodes saw becomes findings that name the node, the cause and what to do."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -82,12 +81,7 @@ def test_another_version_of_the_sender_is_named(monkeypatch: pytest.MonkeyPatch)
         ([node(8, 1)], ResourceRequest(2, 1), [], "ok"),
     ],
 )
-def test_resources(
-    nodes: list[dict[str, dict[str, float]]],
-    asked: ResourceRequest,
-    growth: list[dict[str, float]],
-    level: str,
-) -> None:
+def test_resources(nodes, asked, growth, level):
     (finding,) = checks.check_resources(nodes, asked, growth)
     assert finding.level == level
     assert asked.format() in finding.seen
@@ -100,9 +94,7 @@ def test_each_stage_is_looked_at() -> None:
     assert [each.level for each in reported] == ["ok", "error"]
 
 
-def test_the_autoscaler_may_start_what_the_file_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_autoscaler_may_start_what_the_file_says(tmp_path, monkeypatch):
     file = tmp_path / "ray_bootstrap_config.yaml"
     monkeypatch.setattr(capacity, "BOOTSTRAP", file)
     assert capacity.list_startable_nodes() == []
@@ -144,18 +136,14 @@ def server() -> Iterator[str]:
     made.server_close()
 
 
-def test_a_job_server_is_tried_without_the_token(
-    server: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_job_server_is_tried_without_the_token(server, monkeypatch):
     (finding,) = checks.check_authentication([ONE, TWO], server)
     assert (finding.level, server in finding.seen) == ("error", True)
     monkeypatch.setattr(Answers, "code", 401)
     assert checks.check_authentication([ONE, TWO], server)[0].level == "ok"
 
 
-def test_a_tracker_is_asked_for_more_than_its_health(
-    server: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tracker_is_asked_for_more_than_its_health(server, monkeypatch):
     for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
@@ -179,9 +167,7 @@ def test_a_tracker_is_asked_for_more_than_its_health(
     assert "--env_from MLFLOW_TRACKING_USERNAME" in finding.advice
 
 
-def test_room_is_held_against_what_the_run_takes(
-    run_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_room_is_held_against_what_the_run_takes(run_root, tmp_path, monkeypatch):
     step = tmp_path / "big/mine/checkpoints/step-00000100"
     step.mkdir(parents=True)
     (step / "weights").write_bytes(b"x" * 1000)
@@ -235,13 +221,7 @@ def test_room_is_held_against_what_the_run_takes(
          "10.0.0.2 does not see the file of 10.0.0.1", "--run_dir s3://"),
     ],
 )  # fmt: skip
-def test_a_node_that_differs_is_named(
-    check: Callable[[list[NodeProbe]], list[Finding]],
-    change: dict[str, Any],
-    level: str,
-    seen: str,
-    advice: str,
-) -> None:
+def test_a_node_that_differs_is_named(check, change, level, seen, advice):
     (finding,) = check([ONE, replace(TWO, **change)])
     assert finding.level == level
     assert seen in finding.seen

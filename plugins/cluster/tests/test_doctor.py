@@ -21,9 +21,7 @@ def test_doctor_reports_as_json(run_root: Path, capsys: pytest.CaptureFixture[st
     assert list(run_root.iterdir()) == [], "it leaves nothing behind"
 
 
-def test_doctor_fails_where_nothing_can_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_doctor_fails_where_nothing_can_be_written(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("SKILLNET_HOME", str(tmp_path / "file"))
     assert doctor.main([]) == 1
@@ -52,9 +50,7 @@ def test_our_packages_and_script_are_our_own() -> None:
     assert finding.level == "ok"
 
 
-def test_another_distribution_with_our_script_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_distribution_with_our_script_is_named(tmp_path, monkeypatch):
     pytest.importorskip("importlib_metadata")  # replaces Python's finder
     # An interrupted installation has no metadata.
     (tmp_path / "half_installed-1.0.dist-info").mkdir()
@@ -68,9 +64,7 @@ def test_another_distribution_with_our_script_is_named(
 
 
 @pytest.mark.parametrize("name", machine_checks.OWN_PACKAGES)
-def test_a_package_of_another_distribution_is_an_error(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_package_of_another_distribution_is_an_error(name, tmp_path, monkeypatch):
     (tmp_path / name).mkdir()
     (tmp_path / name / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)

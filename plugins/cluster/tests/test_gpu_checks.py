@@ -149,10 +149,7 @@ def test_pairs_of_nodes_are_disjoint_and_complete() -> None:
         }
     ]
     rounds = pair_nodes([FIRST, SECOND, third], "gloo")
-    assert [sorted(each) for each in rounds] == [
-        ["10.0.0.1", "10.0.0.2"],
-        ["10.0.0.1", "10.0.0.3"],
-    ]
+    assert [sorted(each) for each in rounds] == [["10.0.0.1", "10.0.0.2"], ["10.0.0.1", "10.0.0.3"]]
     assert pair_nodes([FIRST], "nccl") == pair_nodes([ONE], "gloo") == []
     two = replace(FIRST, gpu=replace(PROBE, devices=(L4, L4)))
     assert pair_nodes([two], "nccl")[0]["10.0.0.1"].ranks == (0, 1)

@@ -156,9 +156,7 @@ def test_a_package_holds_every_module_of_the_checkout(tmp_path: Path) -> None:
         assert modules <= set(package.namelist())
 
 
-def test_too_large_a_package_names_what_is_large(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_large_a_package_names_what_is_large(tmp_path, monkeypatch):
     (tmp_path / "code").mkdir()
     (tmp_path / "code/corpus.bin").write_bytes(b"x" * 5000)
     monkeypatch.setattr(submit, "MAX_BYTES", 10)
@@ -181,13 +179,7 @@ def test_too_large_a_package_names_what_is_large(
         ({}, ["--attach", "job", "prepare"], "give a command"),
     ],
 )
-def test_what_is_missing_is_said(
-    environment: dict[str, str],
-    words: list[str],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_what_is_missing_is_said(environment, words, message, monkeypatch, capsys):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert submit.main(words) == 2
@@ -238,9 +230,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("failures", [0, 1, 3])
-def test_lost_requests_lose_and_double_nothing(
-    failures: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_lost_requests_lose_and_double_nothing(failures, monkeypatch, capsys):
     server = Server("one\ntwo\n", failures=failures)
     assert submit.follow_job(server, "job") == ("SUCCEEDED", 0)
     assert capsys.readouterr().out == "one\ntwo\n"
@@ -258,9 +248,7 @@ def test_the_exit_code_is_the_jobs(code: int, given: int) -> None:
 
 
 @pytest.mark.parametrize("problem", [RuntimeError, KeyboardInterrupt])
-def test_a_question_that_nobody_waits_for_leaves_no_job(
-    problem: type[BaseException], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_question_that_nobody_waits_for_leaves_no_job(problem, monkeypatch):
     class Pending(Server):
         def get_job_status(self, job: str) -> Any:
             if problem is KeyboardInterrupt:
@@ -276,9 +264,7 @@ def test_a_question_that_nobody_waits_for_leaves_no_job(
     assert server.stopped == ["doctor-1"]
 
 
-def test_options_behind_the_command_are_its_own(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_options_behind_the_command_are_its_own(monkeypatch, capsys):
     server = Server()
     sent: list[list[str]] = []
 
@@ -286,7 +272,7 @@ def test_options_behind_the_command_are_its_own(
         sent.append(options.entry)
         return "finetune-1", SimpleNamespace(size=1, files=1)
 
-    server.get_address = lambda: "http://127.0.0.1:8265"  # type: ignore[attr-defined]
+    server.get_address = lambda: "http://127.0.0.1:8265"
     monkeypatch.setattr(submit, "connect_job_server", lambda: server)
     monkeypatch.setattr(submit, "submit_job", send)
     assert submit.main(["finetune", "--config", "tiny", "--json"]) == 0
@@ -302,9 +288,7 @@ def test_options_behind_the_command_are_its_own(
     assert "skillnet submit" in capsys.readouterr().out
 
 
-def test_passwords_come_from_the_environment(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_passwords_come_from_the_environment(monkeypatch, capsys):
     monkeypatch.chdir(Path(__file__).parents[3])
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "from here")
     secret, server = "from here", Server()

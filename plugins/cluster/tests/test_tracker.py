@@ -45,9 +45,7 @@ def test_a_killed_process_leaves_no_server() -> None:
         assert not alive
 
 
-def test_a_server_that_does_not_listen_is_killed_and_so_is_what_it_left(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_server_that_does_not_listen_is_killed_and_so_is_what_it_left(monkeypatch):
     monkeypatch.setattr(tracker, "END_S", 0.5)
     deaf = "trap '' TERM; sleep 1000 & echo $!; wait; sleep 1000"
     with tracker.running_server(["sh", "-c", deaf], os.environ, stdout=subprocess.PIPE) as server:
@@ -69,9 +67,7 @@ def test_a_port_in_use_is_refused(run_root: Path, capsys: pytest.CaptureFixture[
     assert "cannot listen there" in capsys.readouterr().err
 
 
-def test_no_command_line_has_a_password(
-    run_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_command_line_has_a_password(run_root, tmp_path, monkeypatch):
     seen, program = tmp_path / "seen", tmp_path / "mlflow"
     program.write_text(f'#!/bin/sh\necho "$MLFLOW_BACKEND_STORE_URI" "$@" >{seen}\n')
     program.chmod(0o755)
@@ -86,9 +82,7 @@ def test_no_command_line_has_a_password(
     assert words[0] == "server"
 
 
-def test_another_server_of_this_shell_is_named(
-    run_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_server_of_this_shell_is_named(run_root, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.invalid:5000")
     assert sqlite_path(tracker.resolve_store(None)) == run_root / "mlflow.db"
     assert "http://mlflow.invalid:5000" in capsys.readouterr().err

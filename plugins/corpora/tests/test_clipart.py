@@ -79,9 +79,7 @@ def test_drawings_of_a_series_share_a_unit(tmp_path: Path) -> None:
     assert rows["food/raven"]["label"] == TOPICS.index("food")
 
 
-def test_rows_without_a_topic_are_unlabelled_and_of_no_evaluated_series(
-    tmp_path: Path, monkeypatch
-) -> None:  # type: ignore[no-untyped-def]
+def test_rows_without_a_topic_are_unlabelled_and_of_no_evaluated_series(tmp_path, monkeypatch):
     monkeypatch.setattr(clipart, "LARGEST_SERIES", 8)
     names = ["".join(pair) for pair in zip("abcdefghij" * 4, "k" * 10 + "l" * 30, strict=True)]
     names = [name + "mno"[number // 10 - 1] for number, name in enumerate(names)]

@@ -86,7 +86,7 @@ def test_headings_of_one_subtree_share_a_split(tmp_path: Path) -> None:
     assert 0.05 < sizes["validation"] / total <= 0.10
 
 
-def test_a_class_is_capped(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_class_is_capped(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(headings, "LARGEST_CLASS", 20)
     corpus = headings.HeadingsCorpus()
     write_archive(
@@ -168,7 +168,7 @@ def test_variants_of_a_concept_form_one_family() -> None:
     assert not drawings.is_flag("1f3f4-200d-2620")
 
 
-def test_drawings_are_split_by_family_and_artist(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_drawings_are_split_by_family_and_artist(monkeypatch) -> None:
     for name, size in (("TEST", 40), ("VALIDATION", 10), ("UNSEEN_CONCEPTS", 20)):
         monkeypatch.setattr(drawings, name, size)
     plain = [f"1f{n:03x}" for n in range(0x600, 0x6A0)]
@@ -229,7 +229,7 @@ def test_stroke_names_come_from_the_script_and_groups_share_a_split(tmp_path: Pa
         assert rows[char]["unit"] is None
 
 
-def test_a_stroke_sequence_lies_in_one_split(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_stroke_sequence_lies_in_one_split(monkeypatch) -> None:
     monkeypatch.setattr(strokes, "TEST", 30)
     monkeypatch.setattr(strokes, "VALIDATION", 10)
     named = {chr(0x4E00 + n): f"横{n % 90}" for n in range(120)}
@@ -254,7 +254,7 @@ def body(word: str) -> str:
     return f"{word} = sorted(a + b)\n    return [{word}, len({word}), max({word}), '{word}']"
 
 
-def test_functions_are_split_by_module_and_twins_are_rejected(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_functions_are_split_by_module_and_twins_are_rejected(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(functions, "_standard_library", lambda: (tmp_path, []))
     monkeypatch.setattr(functions, "TEST", 8)
     monkeypatch.setattr(functions, "VALIDATION", 4)

@@ -42,7 +42,7 @@ def pin(registry: str = "pypi", data: bytes = WHEEL) -> Archive:
 
 
 @pytest.fixture
-def corpus(monkeypatch):  # type: ignore[no-untyped-def]
+def corpus(monkeypatch):
     """Return a function that makes ``fetch`` use one corpus with the given archives."""
 
     def use(*archives: Archive) -> None:
@@ -50,14 +50,14 @@ def corpus(monkeypatch):  # type: ignore[no-untyped-def]
             pass
 
         made = Made()
-        made.archives = archives  # type: ignore[attr-defined]
+        made.archives = archives
         monkeypatch.setattr(fetching, "find_corpus", lambda name: made)
 
     return use
 
 
 @pytest.fixture
-def no_network(monkeypatch):  # type: ignore[no-untyped-def]
+def no_network(monkeypatch):
     """Point pip and npm to a port without a server."""
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
@@ -88,7 +88,7 @@ def real_wheel() -> bytes:
     )
 
 
-def test_existing_archives_need_no_network(tmp_path: Path, corpus, no_network) -> None:  # type: ignore[no-untyped-def]
+def test_existing_archives_need_no_network(tmp_path: Path, corpus, no_network) -> None:
     (tmp_path / pin().file).write_bytes(WHEEL)
     corpus(pin())
     assert [(d["file"], d["state"]) for d in fetching.fetch(["x"], tmp_path)] == [
@@ -96,7 +96,7 @@ def test_existing_archives_need_no_network(tmp_path: Path, corpus, no_network) -
     ]
 
 
-def test_an_archive_is_downloaded_by_pip(tmp_path: Path, corpus, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_an_archive_is_downloaded_by_pip(tmp_path: Path, corpus, monkeypatch, capsys) -> None:
     data = real_wheel()
     index(tmp_path / "index", data)
     monkeypatch.setenv("PIP_INDEX_URL", (tmp_path / "index").as_uri())
@@ -111,7 +111,7 @@ def test_an_archive_is_downloaded_by_pip(tmp_path: Path, corpus, monkeypatch, ca
     assert "downloading" not in capsys.readouterr().err
 
 
-def test_a_download_of_another_file_is_deleted(tmp_path: Path, corpus, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_download_of_another_file_is_deleted(tmp_path: Path, corpus, monkeypatch) -> None:
     index(tmp_path / "index", real_wheel())
     monkeypatch.setenv("PIP_INDEX_URL", (tmp_path / "index").as_uri())
     data = bytearray(real_wheel())
@@ -122,7 +122,7 @@ def test_a_download_of_another_file_is_deleted(tmp_path: Path, corpus, monkeypat
     assert list((tmp_path / "archives").iterdir()) == []
 
 
-def test_without_a_network_the_remedy_is_named(tmp_path: Path, corpus, no_network) -> None:  # type: ignore[no-untyped-def]
+def test_without_a_network_the_remedy_is_named(tmp_path: Path, corpus, no_network) -> None:
     (tmp_path / pin().file).write_bytes(b"")  # an empty file counts as missing
     corpus(pin())
     with pytest.raises(UserError) as caught:
@@ -135,7 +135,7 @@ def test_without_a_network_the_remedy_is_named(tmp_path: Path, corpus, no_networ
 
 
 @pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed")
-def test_npm_without_a_network_has_the_same_message(tmp_path: Path, corpus, no_network) -> None:  # type: ignore[no-untyped-def]
+def test_npm_without_a_network_has_the_same_message(tmp_path: Path, corpus, no_network) -> None:
     corpus(pin("npm"))
     with pytest.raises(UserError, match=r"tiny-1\.0\.tgz \(\d+ bytes\): npm pack tiny@1\.0"):
         fetching.fetch(["x"], tmp_path)
@@ -184,12 +184,8 @@ def registry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
 
 
 def test_without_npm_the_configured_registry_is_asked_directly(
-    tmp_path: Path,
-    corpus: Use,
-    registry: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    tmp_path, corpus, registry, monkeypatch, capsys
+):
     commands: list[list[str]] = []
     monkeypatch.setattr(fetching, "_run_command", lambda words: commands.append(words) or "")
     place = registry.removeprefix("http:")
@@ -207,9 +203,7 @@ def test_without_npm_the_configured_registry_is_asked_directly(
     assert "t0ken" not in shown
 
 
-def test_the_environment_names_the_registry_before_the_files(
-    tmp_path: Path, registry: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_environment_names_the_registry_before_the_files(tmp_path, registry, monkeypatch):
     (tmp_path / "home/.npmrc").write_text("registry=https://first.example/\n")
     secret = registry.replace("://", "://me:pa55w0rd@")
     monkeypatch.setenv("NPM_CONFIG_REGISTRY", secret)
@@ -221,9 +215,7 @@ def test_the_environment_names_the_registry_before_the_files(
     assert [header for _, header in Registry.requests] == ["Basic bWU6cGE1NXcwcmQ="] * 2
 
 
-def test_a_redirect_does_not_take_the_token_along(
-    tmp_path: Path, registry: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_redirect_does_not_take_the_token_along(tmp_path, registry, monkeypatch):
     place = registry.removeprefix("http:")
     (tmp_path / "home/.npmrc").write_text(
         f"@made:registry={registry}\n//other.example/:_authToken=not-for-you\n{place}:_auth=bWU6eA==\n"
@@ -238,8 +230,8 @@ def test_a_redirect_does_not_take_the_token_along(
 
 
 def test_without_apt_a_debian_package_comes_from_the_mirror(
-    tmp_path: Path, corpus: Use, registry: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, corpus, registry, monkeypatch
+):
     monkeypatch.setenv("SKILLNET_DEBIAN_MIRROR", registry)
     corpus(pin("debian"))
     (done,) = fetching.fetch(["x"], tmp_path / "archives")
@@ -256,8 +248,8 @@ def test_without_apt_a_debian_package_comes_from_the_mirror(
 
 
 def test_the_mirror_lists_a_package_under_its_source_and_without_its_epoch(
-    tmp_path: Path, corpus: Use, registry: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, corpus, registry, monkeypatch
+):
     monkeypatch.setenv("SKILLNET_DEBIAN_MIRROR", registry)
     named = replace(pin("debian"), file="tiny-data_2%3a1.0-1_all.deb", source="tiny")
     corpus(named)
@@ -266,9 +258,7 @@ def test_the_mirror_lists_a_package_under_its_source_and_without_its_epoch(
     assert Registry.requests == [("/npm/pool/main/t/tiny/tiny-data_1.0-1_all.deb", None)]
 
 
-def test_apt_downloads_into_the_folder_of_the_archive(
-    tmp_path: Path, corpus: Use, registry: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_apt_downloads_into_the_folder_of_the_archive(tmp_path, corpus, registry, monkeypatch):
     apt = tmp_path / "apt-get"
     apt.write_text(f"#!/bin/sh\n/bin/cp {tmp_path}/given {pin('debian').file}\n")
     apt.chmod(0o755)
@@ -279,9 +269,7 @@ def test_apt_downloads_into_the_folder_of_the_archive(
     assert Registry.requests == []
 
 
-def test_a_registry_cannot_send_another_or_a_larger_file(
-    tmp_path: Path, corpus: Use, registry: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_registry_cannot_send_another_or_a_larger_file(tmp_path, corpus, registry, monkeypatch):
     monkeypatch.setenv("npm_config_registry", registry)
     corpus(pin("npm"))
     for data in (WHEEL[:-1] + b"?", WHEEL + b"more" * 2**20):
@@ -298,12 +286,12 @@ def test_the_default_registry_is_the_public_one(registry: str) -> None:
         fetching.registry_url("tiny", {"registry": "file:///etc"})
 
 
-def test_a_user_error_exits_with_two_and_one_message(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_a_user_error_exits_with_two_and_one_message(tmp_path: Path, capsys) -> None:
     assert fetching.main(["heading", "--archives", str(tmp_path)]) == 2
     assert "did you mean 'headings'" in capsys.readouterr().err
 
 
-def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path, corpus, no_network) -> None:  # type: ignore[no-untyped-def]
+def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path, corpus, no_network) -> None:
     (tmp_path / ".fetching-old").mkdir()
     (tmp_path / ".fetching-old" / "half").write_bytes(b"half")
     corpus(pin())
@@ -331,9 +319,7 @@ def test_the_pinned_file_is_accepted(tmp_path: Path) -> None:
         (CONTENT + b"more", r"a-1\.tgz: not the pinned file: sha256"),
     ],
 )
-def test_other_files_are_rejected_with_a_remedy(
-    tmp_path: Path, data: bytes | None, message: str
-) -> None:
+def test_other_files_are_rejected_with_a_remedy(tmp_path, data, message):
     if data is not None:
         (tmp_path / PIN.file).write_bytes(data)
     with pytest.raises(UserError, match=message) as caught:
@@ -343,7 +329,7 @@ def test_other_files_are_rejected_with_a_remedy(
 
 
 @pytest.mark.parametrize("pack", [zipped, tarred, packaged])
-def test_members_are_read_in_place(tmp_path: Path, pack) -> None:  # type: ignore[no-untyped-def]
+def test_members_are_read_in_place(tmp_path: Path, pack) -> None:
     path = tmp_path / "x"
     path.write_bytes(pack({"p/一.json": b"1", "p/b.txt": b"2"}))
     found = dict(iter_members(path, lambda name: name.endswith(".json")))
@@ -403,9 +389,7 @@ def test_a_link_of_a_debian_package_is_not_read(tmp_path: Path) -> None:
         dict(iter_members(path, lambda name: True))
 
 
-def test_a_debian_package_of_more_than_a_member_is_read_in_parts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_debian_package_of_more_than_a_member_is_read_in_parts(tmp_path, monkeypatch):
     path = tmp_path / "x.deb"
     noise = np.random.default_rng(0).bytes(270_000)
     files = {f"./{part}": noise[90_000 * part : 90_000 * (part + 1)] for part in range(3)}

@@ -43,9 +43,7 @@ class TestFolder:
         (folder / "data" / "0.wav").write_bytes(b"another")
         assert corpus.extra_sources() != before
 
-    def test_a_store_is_not_queried_for_each_row(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_store_is_not_queried_for_each_row(self, tmp_path, monkeypatch):
         """A missing media file is found when it is read, in parallel."""
         folder = user_corpora.media_folder(tmp_path, rows=30)
         store = fsspec.filesystem("memory")

@@ -24,12 +24,7 @@ from skillnet_corpora.demo import functions, headings
 from skillnet_corpora.demo.drawings import DrawingsCorpus
 from skillnet_corpora.demo.functions import FunctionsCorpus
 from skillnet_corpora.demo.headings import HeadingsCorpus
-from skillnet_corpora.demo.syllables import (
-    FINALS,
-    SyllablesCorpus,
-    join_pinyin,
-    split_pinyin,
-)
+from skillnet_corpora.demo.syllables import FINALS, SyllablesCorpus, join_pinyin, split_pinyin
 from skillnet_corpora.study.drawings_artists import DrawingArtistsCorpus
 from skillnet_corpora.study.functions_english import EnglishFunctionsCorpus
 from skillnet_corpora.study.functions_packages import FunctionPackagesCorpus
@@ -71,7 +66,7 @@ def test_further_corpora_share_pins_and_are_fetched_by_name_only() -> None:
 # --- headings
 
 
-def test_unused_headings_join_the_split_of_their_subtree(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_unused_headings_join_the_split_of_their_subtree(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(headings, "LARGEST_CLASS", 60)
     tree = made_classification()
     for letter in "BDFG":  # short headings, and one of them twice
@@ -143,9 +138,7 @@ def write_packages(directory: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str
     return old
 
 
-def test_packages_train_no_function_that_resembles_an_evaluated_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packages_train_no_function_that_resembles_an_evaluated_one(tmp_path, monkeypatch):
     write_packages(tmp_path, monkeypatch)
     archives = FunctionPackagesCorpus.archives
     used, _ = read_rows(FunctionsCorpus(), tmp_path)
@@ -186,9 +179,7 @@ def test_packages_train_no_function_that_resembles_an_evaluated_one(
     }
 
 
-def test_pairs_are_of_functions_that_no_split_evaluates(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pairs_are_of_functions_that_no_split_evaluates(tmp_path, monkeypatch):
     modules = write_packages(tmp_path, monkeypatch)
     archives = FunctionPackagesCorpus.archives
     used, _ = read_rows(FunctionsCorpus(), tmp_path)

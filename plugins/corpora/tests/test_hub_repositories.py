@@ -210,9 +210,7 @@ def embedded_lists(kind: str) -> pa.Table:
 
 
 @pytest.mark.parametrize("kind", ["structs", "bytes", "struct", "features"])
-def test_several_media_in_a_cell_are_refused(
-    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_several_media_in_a_cell_are_refused(tmp_path, kind, capsys):
     pq.write_table(embedded_lists(kind), tmp_path / "train.parquet")
     message = r"train\.parquet: the column images holds .*one row per media file.*modality text"
     with pytest.raises(UserError, match=message):
@@ -224,9 +222,7 @@ def test_several_media_in_a_cell_are_refused(
     assert "media in the column images are not read" in " ".join(capsys.readouterr().err.split())
 
 
-def test_several_media_in_a_saved_dataset(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_several_media_in_a_saved_dataset(tmp_path, capsys):
     pictures = [[embed(user_corpora.jpg(n))] * 2 for n in range(12)]
     features = datasets.Features(
         {"text": datasets.Value("string"), "images": datasets.Sequence(datasets.Image())}

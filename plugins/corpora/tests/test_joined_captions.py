@@ -59,10 +59,7 @@ def write_hub(folder: Path, rows: list[tuple[int, str]]) -> str:
 def write_saved(folder: Path, rows: list[tuple[int, str]]) -> str:
     """Write captions with embedded images by ``save_to_disk``."""
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
-    columns = {
-        "image": [embed(picture(n)) for n, _ in rows],
-        "caption": [text for _, text in rows],
-    }
+    columns = {"image": [embed(picture(n)) for n, _ in rows], "caption": [text for _, text in rows]}
     datasets.Dataset.from_dict(columns, features).save_to_disk(str(folder / "saved"))
     return f"hf_dataset:{folder / 'saved'}"
 
@@ -88,15 +85,13 @@ def test_rows_of_one_image_are_one_item(tmp_path: Path, kind: str, shuffled: boo
     assert {media(row): row["captions"] for row in items} == expected
     assert not any("item" in row for row in items)
     # A preview starts before all rows are known. Its counts are exact, too.
-    corpus.is_preview = True  # type: ignore[attr-defined]
+    corpus.is_preview = True
     preview, preview_reasons = read(corpus)
     assert (sum(map(len, preview.values())), preview_reasons) == (IMAGES, reasons)
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_inspect_shows_items(
-    tmp_path: Path, shuffled: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inspect_shows_items(tmp_path, shuffled, capsys):
     report = inspect_corpus(write_csv(tmp_path, caption_rows(shuffled)))
     assert sum(report["splits"].values()) == IMAGES
     assert report["captions"]["per_row"] == "5"
@@ -142,9 +137,7 @@ def test_rejected_rows_are_counted_once(tmp_path: Path) -> None:
     assert reasons == {"an image without captions": 1, JOINED_ROW: 3}
 
 
-def test_an_image_with_too_many_captions_is_rejected(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_image_with_too_many_captions_is_rejected(tmp_path, monkeypatch):
     """A picture "not available" can stand for thousands of images."""
     monkeypatch.setattr(joined_captions, "MAX_RUN_ROWS", 7)
     count = MAX_CAPTIONS + 1
@@ -161,15 +154,10 @@ def test_a_caption_that_is_too_long_costs_its_own_row_only(tmp_path: Path) -> No
     found, reasons = read(write_lines(tmp_path, rows))
     (item,) = [row for each in found.values() for row in each]
     assert item["captions"] == ["one", "two"]
-    assert reasons == {
-        JOINED_ROW: 1,
-        f"captions is longer than {MAX_TEXT_LENGTH} characters": 2,
-    }
+    assert reasons == {JOINED_ROW: 1, f"captions is longer than {MAX_TEXT_LENGTH} characters": 2}
 
 
-def test_joined_rows_are_shown_apart_from_rejected_ones(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_joined_rows_are_shown_apart_from_rejected_ones(capsys):
     entry = {"state": "prepared", "rows_in": 200, "rows_out": 39, "splits": {"train": 39}}
     entry |= {"quarantine": {JOINED_ROW: 160, "an empty file": 1}, "bytes": 1}
     show_corpora({"corpora": {"mine": entry}, "seconds": 1.0})

@@ -36,9 +36,7 @@ def test_it_is_found_by_name_but_is_not_of_the_demo() -> None:
     assert "radicals" not in DEMO
 
 
-def test_rows_and_splits_equal_those_of_strokes(
-    sources: SourceArchives, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_and_splits_equal_those_of_strokes(sources, monkeypatch):
     monkeypatch.setattr(strokes, "TEST", 1)
     monkeypatch.setattr(strokes, "VALIDATION", 1)
     clips = read_by_key(StrokesCorpus(), sources)

@@ -279,10 +279,7 @@ def test_no_damage_ends_the_process(tmp_path: Path) -> None:
     """Run in a separate process, because the test looks for crashes."""
     kinds = pa.array(["x", "y"] * 30).dictionary_encode()
     more = texts().append_column("kind", kinds).append_column("n", pa.array([[1, 2]] * 60))
-    saved = {
-        "texts": (more, TEXTS),
-        "pictures": (pictures(pa.binary(), [b"abc"] * 60), PICTURES),
-    }
+    saved = {"texts": (more, TEXTS), "pictures": (pictures(pa.binary(), [b"abc"] * 60), PICTURES)}
     draw = random.Random(0)  # noqa: S311
     for name, (table, features) in saved.items():
         whole = save(tmp_path / name, table, features).read_bytes()

@@ -41,7 +41,7 @@ def verdicts(of: SystemComparison, config: ClaimsConfig) -> dict[str, str]:
 
 def one_claim(**part: object) -> ClaimsConfig:
     """Return the configuration of a claim about skillnet and specialist."""
-    stated = Condition("skillnet", "specialist", **part)  # type: ignore[arg-type]
+    stated = Condition("skillnet", "specialist", **part)
     return ClaimsConfig({"it": Claim("It is so.", [stated])})
 
 
@@ -438,11 +438,9 @@ def near() -> SystemComparison:
 @pytest.mark.parametrize("test", ["higher", "not_lower"])
 @pytest.mark.parametrize("margin", [0.0, 0.01, 0.1])
 @pytest.mark.parametrize("systems", [("skillnet", "dense"), ("dense", "skillnet")])
-def test_the_p_of_a_claim_is_one_sided_and_counts_its_margin(
-    test: str, margin: float, systems: tuple[str, str], near: SystemComparison
-):
+def test_the_p_of_a_claim_is_one_sided_and_counts_its_margin(test, margin, systems, near):
     of = near
-    part = Condition(*systems, test=test, tasks=[MEAN])  # type: ignore[arg-type]
+    part = Condition(*systems, test=test, tasks=[MEAN])
     rules = ClaimsConfig({"it": Claim("It is so.", [part])}, margin=margin)
     (claim,) = cl.evaluate_claims(of, rules)
     change = cl.estimate_difference(of, *systems, MEAN)

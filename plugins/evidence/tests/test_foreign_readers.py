@@ -23,7 +23,7 @@ SAMPLES = "bigram/samples_next_word_running_*.jsonl"
 
 
 def compare_files(*sources: str | Path, **options: object) -> SystemComparison:
-    return compare_systems(build_runs(read_lines(sources, ReadOptions(**options))))  # type: ignore[arg-type]
+    return compare_systems(build_runs(read_lines(sources, ReadOptions(**options))))
 
 
 @pytest.fixture
@@ -75,9 +75,7 @@ def test_metric_tasks_and_units_of_lm_eval_can_be_chosen() -> None:
     assert any("trigram" in label for label in named.systems)
 
 
-def test_paired_differences_of_lm_eval_stand_beside_unpaired_ones(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_paired_differences_of_lm_eval_stand_beside_unpaired_ones(capsys):
     assert main(["compare", str(DATA / "lm_eval"), "--tasks", "next_word_keeping"]) == 0
     table = capsys.readouterr().out.partition("What the pairing of rows is worth")[2]
     cells = table.split("| unigram − bigram | ")[1].split(" | ")
@@ -154,9 +152,7 @@ def edit_line(path: Path, change: Callable[[dict], object]) -> None:
         (lambda x: None, {"system": "colour"}, "--system colour: no text or number"),
     ],
 )
-def test_wrong_samples_are_named(
-    change: Callable[[dict], object], options: dict, message: str, files: Path
-) -> None:
+def test_wrong_samples_are_named(change, options, message, files):
     edit_line(find_one(files / "lm_eval", SAMPLES), change)
     with pytest.raises(EvidenceError, match=message) as raised:
         compare_files(files / "lm_eval", **options)
@@ -235,9 +231,7 @@ def test_grades_of_inspect_are_numbers(files: Path) -> None:
         (lambda x: x.update(eval=[]), "eval: expected a JSON object, got list"),
     ],
 )
-def test_wrong_logs_of_inspect_are_named(
-    change: Callable[[dict], object], message: str, files: Path
-) -> None:
+def test_wrong_logs_of_inspect_are_named(change, message, files):
     log = find_one(files / "inspect", "*.json")
     packed = pack_log(files / "a.eval", log, change)
     for path in (packed, edit_json(log, change)):
@@ -246,9 +240,7 @@ def test_wrong_logs_of_inspect_are_named(
         assert str(raised.value).startswith(str(path))
 
 
-def test_damaged_archives_are_named_and_nothing_is_unpacked(
-    files: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damaged_archives_are_named_and_nothing_is_unpacked(files, monkeypatch):
     path = sorted((files / "inspect").glob("*.eval"))[0]
     content = path.read_bytes()
     before = sorted(files.rglob("*"))
@@ -328,9 +320,7 @@ def test_systems_that_lack_a_task_of_mteb_are_left_out_only_by_request(files: Pa
         (lambda x: x.update(mteb_dataset_name=x.pop("task_name")), "key task_name: no text"),
     ],
 )
-def test_wrong_results_of_mteb_are_named(
-    change: Callable[[dict], object], message: str, files: Path
-) -> None:
+def test_wrong_results_of_mteb_are_named(change, message, files):
     path = edit_json(find_one(files, "mteb/example__tiny/*/BIOSSES.json"), change)
     with pytest.raises(EvidenceError, match=message) as raised:
         compare_files(files / "mteb")
@@ -341,9 +331,7 @@ def test_wrong_results_of_mteb_are_named(
 
 
 @pytest.mark.integration
-def test_metrics_of_mlflow_have_seeds_alone(
-    empty_database: Callable[[], Path], tmp_path: Path
-) -> None:
+def test_metrics_of_mlflow_have_seeds_alone(empty_database, tmp_path):
     from mlflow import MlflowClient
 
     path = tmp_path / "store.db"
@@ -420,8 +408,8 @@ def list_places(tree: object, depth: int = 0) -> list[tuple]:
 
 def set_value(tree: object, place: tuple, value: object) -> None:
     for key in place[:-1]:
-        tree = tree[key]  # type: ignore[index]
-    tree[place[-1]] = value  # type: ignore[index]
+        tree = tree[key]
+    tree[place[-1]] = value
 
 
 # -- all -----------------------------------------------------------------------------------
@@ -449,9 +437,7 @@ def lock_archive(bit: int, compression: int) -> bytes:
         ("scores.eval", lock_archive(0, 97), "an archive with a password or an unknown"),
     ],
 )
-def test_files_of_other_kinds_are_named(
-    name: str, content: bytes, message: str, tmp_path: Path
-) -> None:
+def test_files_of_other_kinds_are_named(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(EvidenceError, match=message) as raised:
         compare_files(tmp_path / name)
@@ -478,9 +464,7 @@ def test_files_of_other_kinds_are_named(
         ),
     ],
 )
-def test_wrong_calls_end_with_one_sentence(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_calls_end_with_one_sentence(arguments, message, capsys):
     assert main(["compare", *arguments]) == 2
     caught = capsys.readouterr()
     assert caught.out == ""
@@ -488,9 +472,7 @@ def test_wrong_calls_end_with_one_sentence(
     assert caught.err.count("\n") == 1
 
 
-def test_the_page_has_the_answer_the_tiers_and_a_figure(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_page_has_the_answer_the_tiers_and_a_figure(tmp_path, capsys):
     tasks = tmp_path / "tasks.txt"
     tasks.write_text("BIOSSES\nSCIDOCS\nSICK-R\n")
     page = tmp_path / "page.html"

@@ -9,12 +9,7 @@ from scipy import stats
 
 from plugins.evidence.tests.drawn_runs import TASKS, compared, draw_run
 from skillnet_evidence.claims import Claim, ClaimsConfig, Condition
-from skillnet_evidence.comparison import (
-    MEAN,
-    SHARED_MEAN,
-    SystemComparison,
-    compare_systems,
-)
+from skillnet_evidence.comparison import MEAN, SHARED_MEAN, SystemComparison, compare_systems
 from skillnet_evidence.errors import EvidenceError
 from skillnet_evidence.power import (
     EFFECTS,
@@ -35,7 +30,7 @@ def earlier() -> SystemComparison:
 
 
 def claims(test: str, margin: float = 0.05) -> ClaimsConfig:
-    part = Condition("skillnet", "specialist", test, [MEAN])  # type: ignore[arg-type]
+    part = Condition("skillnet", "specialist", test, [MEAN])
     return ClaimsConfig({"it": Claim("x", [part])}, margin=margin)
 
 
@@ -173,9 +168,7 @@ def test_a_conjunction_holds_less_often_than_each_of_its_tests(earlier: SystemCo
     assert {row[-1] for row in cells[1:]} == {""}
 
 
-def test_planned_claims_are_corrected_together_or_tested_in_order(
-    earlier: SystemComparison,
-) -> None:
+def test_planned_claims_are_corrected_together_or_tested_in_order(earlier):
     part = Condition("skillnet", "dense", tasks=[MEAN])
     stated = {f"{n}": Claim("x", [part]) for n in range(5)}
     counts = {"skillnet": 6, "dense": 6}
@@ -217,9 +210,7 @@ def test_the_power_of_a_difference_of_differences_is_that_of_four_systems() -> N
         assert other.error == pytest.approx(2**0.5 * single.error)
 
 
-def test_the_power_of_equivalence_falls_with_the_true_difference(
-    earlier: SystemComparison,
-) -> None:
+def test_the_power_of_equivalence_falls_with_the_true_difference(earlier):
     counts = {"skillnet": 40, "specialist": 40}
     (plan,) = plan_power(earlier, claims("equivalent", 0.04), counts)
     margin = 2.8 * plan.error

@@ -54,9 +54,7 @@ claims:
 """
 
 
-def test_a_comparison_is_printed_with_tests_claims_and_power(
-    scores: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_comparison_is_printed_with_tests_claims_and_power(scores, tmp_path, capsys):
     claims = tmp_path / "claims.yaml"
     claims.write_text(CLAIMS)
     options = ["--reference", "old", "--claims", str(claims), "--power", "10"]
@@ -166,9 +164,7 @@ def test_a_wrong_line_is_named(change, message: str, tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["scores.csv", "scores.parquet"])
-def test_a_file_of_another_kind_is_named(
-    text: bytes, message: str, name: str, tmp_path: Path
-) -> None:
+def test_a_file_of_another_kind_is_named(text, message, name, tmp_path):
     (tmp_path / name).write_bytes(text)
     wanted = message if name.endswith("csv") else "not a file of scores"
     with pytest.raises(EvidenceError, match=wanted):
@@ -196,9 +192,7 @@ def test_a_file_of_another_kind_is_named(
         ("stated: {x: {text: t, parts: [{system: a, against: old}]}}", "unknown system 'a'"),
     ],
 )
-def test_a_wrong_claim_ends_with_one_sentence(
-    text: str, message: str, scores: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_wrong_claim_ends_with_one_sentence(text, message, scores, tmp_path, capsys):
     path = tmp_path / "claims.yaml"
     path.write_text(text)
     assert main(["compare", str(scores), "--claims", str(path)]) == 2
@@ -217,9 +211,7 @@ def test_a_wrong_claim_ends_with_one_sentence(
         (["--power", "1"], "--power: expected two seeds or more, got 1"),
     ],
 )
-def test_a_wrong_option_ends_with_one_sentence(
-    options: list[str], message: str, scores: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_wrong_option_ends_with_one_sentence(options, message, scores, capsys):
     assert main(["compare", str(scores), *options]) == 2
     assert message in capsys.readouterr().err
 
@@ -246,9 +238,7 @@ def test_folds_and_weights_must_fit_all_rows(tmp_path: Path) -> None:
         read_scores(write_scores(tmp_path / "x.csv", mixed, header))
 
 
-def test_names_of_others_do_not_reach_the_terminal(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_names_of_others_do_not_reach_the_terminal(tmp_path, capsys):
     name = "a\x1b]52;c;eA==\x07|b"
     path = write_scores(tmp_path / "x.csv", draw_rows({name: 0.8, "old": 0.5}))
     assert main(["compare", str(path)]) == 0

@@ -42,7 +42,7 @@ def draw_scale(numbers: Sequence[int], folds: bool = False) -> SystemComparison:
 
 
 def evaluate(of: SystemComparison, *parts: Condition, **more: float) -> cl.ClaimResult:
-    stated = ClaimsConfig({"it": Claim("It is so.", list(parts))}, **more)  # type: ignore[arg-type]
+    stated = ClaimsConfig({"it": Claim("It is so.", list(parts))}, **more)
     return cl.evaluate_claims(of, stated)[0]
 
 

@@ -67,10 +67,8 @@ def test_intervals_of_few_uneven_units_cover(rho: float) -> None:
 @pytest.mark.parametrize("scale", ["share", "error_rate", "free"])
 @pytest.mark.parametrize("value", [0.0, 0.001, 0.3, 0.999, 1.0])
 @pytest.mark.parametrize("error", [0.0, 1e-4, 0.02])
-def test_an_interval_holds_its_score_and_has_a_width(
-    scale: str, value: float, error: float
-) -> None:
-    low, high = bound_score(value, error, 20, 21, scale)  # type: ignore[arg-type]
+def test_an_interval_holds_its_score_and_has_a_width(scale, value, error):
+    low, high = bound_score(value, error, 20, 21, scale)
     assert low <= value <= high
     assert high - low > 1e-5
     if scale == "share":

@@ -82,9 +82,7 @@ def test_skills_compute_the_outputs_of_a_published_bert(folder: Path) -> None:
 
 
 @torch.no_grad()
-def test_both_towers_start_with_the_outputs_of_a_published_bert(
-    folder: Path, run_root: Path, tmp_path: Path
-) -> None:
+def test_both_towers_start_with_the_outputs_of_a_published_bert(folder, run_root, tmp_path):
     """A task of ``init-task --from``: its skills and the specialist read the published tokens."""
     import tokenizers
     import transformers

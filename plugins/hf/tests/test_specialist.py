@@ -10,11 +10,7 @@ import torch
 
 from pipelines.training.config.run import PretrainConfig, TaskTraining
 from pipelines.training.loop.loop import seed_dropout, train_model
-from pipelines.training.loop.optimizer import (
-    build_optimizer,
-    clip_gradients,
-    set_learning_rate,
-)
+from pipelines.training.loop.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.setup import build_model
 from pipelines.training.loop.step import step_loss
@@ -24,12 +20,7 @@ from skillnet.model_merging import remove_task
 from skillnet.precision import choose_precision
 from skillnet.skills import SkillPlan, Task, masked_tasks, pretraining_tasks
 from skillnet.systems import build_system, load_model
-from skillnet_hf.specialist import (
-    SPECIALIST,
-    SpecialistModel,
-    SpecialistOptions,
-    is_layer_weight,
-)
+from skillnet_hf.specialist import SPECIALIST, SpecialistModel, SpecialistOptions, is_layer_weight
 from tests.helpers.small_corpora import small_config as small_run
 from tests.helpers.small_corpora import write_corpora
 from tests.helpers.small_models import loss_of, small_config, towers_of
@@ -213,7 +204,7 @@ def test_mistakes_are_named() -> None:
         ({"ffn_dim": 0}, "options.ffn_dim must be from 1 to"),
     ):
         with pytest.raises(ValueError, match=words):
-            SpecialistOptions(**options)  # type: ignore[arg-type]
+            SpecialistOptions(**options)
 
 
 def test_training_side_by_side_is_training_alone(tmp_path: Path) -> None:

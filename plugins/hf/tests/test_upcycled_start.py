@@ -47,9 +47,7 @@ def start(config: FinetuneConfig, source: Path, **changes: Any) -> tuple[Any, In
     return build_model(run.config), report
 
 
-def test_a_run_starts_from_a_dense_run(
-    config: FinetuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_starts_from_a_dense_run(config, tmp_path, monkeypatch):
     dense = build_system("dense", config.joint().model, {"ffn_dim": 24})
     dense.save_pretrained(tmp_path / "dense")
     with monkeypatch.context() as exact:
@@ -91,12 +89,9 @@ def save_source(name: str, folder: Path, config: FinetuneConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["dense", "bert", "roberta", "vit", "timm", "whisper", "wav2vec2", "wav2vec2-stable"],
+    "name", ["dense", "bert", "roberta", "vit", "timm", "whisper", "wav2vec2", "wav2vec2-stable"]
 )
-def test_the_options_of_one_message_start_the_run(
-    name: str, config: FinetuneConfig, tmp_path: Path
-) -> None:
+def test_the_options_of_one_message_start_the_run(name, config, tmp_path):
     """Nothing but the words after "give" is added to the command."""
     config = small_config(tmp_path / "data", steps=1)
     save_source(name, tmp_path / "source", config)
@@ -124,9 +119,7 @@ def test_the_options_of_one_message_start_the_run(
     assert train_model(run).step == 1
 
 
-def test_all_settings_of_a_source_are_in_one_message(
-    config: FinetuneConfig, tmp_path: Path
-) -> None:
+def test_all_settings_of_a_source_are_in_one_message(config, tmp_path):
     other = replace(config.model, bias=True, norm_position="post", dim=32)
     build_system("dense", other, {"ffn_dim": 40}).save_pretrained(tmp_path / "dense")
     with pytest.raises(UserError) as error:
@@ -162,9 +155,7 @@ def save_bert(folder: Path) -> Any:
     return model
 
 
-def test_a_run_starts_from_a_checkpoint_of_a_library(
-    config: FinetuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_starts_from_a_checkpoint_of_a_library(config, tmp_path, monkeypatch):
     monkeypatch.setattr(dense_start, "INIT_NOISE", 0.0)
     bert = save_bert(tmp_path / "bert")
     with pytest.raises(UserError) as error:
@@ -253,9 +244,7 @@ def init_start(words: list[str], file: Path) -> tuple[list[str], ResolvedRun]:
     return commands, resolve_run(finetuning.parse_arguments(words))
 
 
-def test_init_task_writes_the_settings_of_a_checkpoint(
-    config: FinetuneConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_init_task_writes_the_settings_of_a_checkpoint(config, tmp_path, capsys):
     save_bert(tmp_path / "bert")
     headings, words = str(tmp_path / "data" / "headings"), ["--from", str(tmp_path / "bert")]
     # The corpus has another tokenizer: the sentence of finetune, and no file.
@@ -279,9 +268,7 @@ def test_init_task_writes_the_settings_of_a_checkpoint(
     assert train_model(ResolvedRun(run.config)).step == 1
 
 
-def test_init_task_prepares_pictures_for_the_patches_of_a_checkpoint(
-    config: FinetuneConfig, tmp_path: Path
-) -> None:
+def test_init_task_prepares_pictures_for_the_patches_of_a_checkpoint(config, tmp_path):
     save_source("timm", tmp_path / "vit", config)  # patches of 14 do not divide 48
     for number in range(40):
         picture = tmp_path / "pets" / "ab"[number % 2] / f"{number}.png"
@@ -293,9 +280,7 @@ def test_init_task_prepares_pictures_for_the_patches_of_a_checkpoint(
     assert (run.config.model.image_size, run.config.model.patch_size) == (56, 14)
 
 
-def test_init_task_starts_from_no_skillnet(
-    config: FinetuneConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_init_task_starts_from_no_skillnet(config, tmp_path, capsys):
     build_system("skillnet", config.model, {}).save_pretrained(tmp_path / "model")
     words = [str(tmp_path / "data" / "headings"), "--file", str(tmp_path / "x.yaml")]
     assert init_task.main([*words, "--from", str(tmp_path / "model")]) == 2
@@ -303,9 +288,7 @@ def test_init_task_starts_from_no_skillnet(
     assert not (tmp_path / "x.yaml").exists()
 
 
-def test_a_checkpoint_of_fewer_tokens_than_the_corpus_needs_its_tokenizer(
-    config: FinetuneConfig, tmp_path: Path
-) -> None:
+def test_a_checkpoint_of_fewer_tokens_than_the_corpus_needs_its_tokenizer(config, tmp_path):
     save_bert(tmp_path / "bert")
     (tmp_path / "bert" / "tokenizer.json").unlink()
     message = f"has 9 tokens, .* 64. Put the tokenizer.json of the checkpoint into {tmp_path}/bert"
@@ -313,9 +296,7 @@ def test_a_checkpoint_of_fewer_tokens_than_the_corpus_needs_its_tokenizer(
         validate_run(resolve_run(replace(config, init_from=str(tmp_path / "bert"))))
 
 
-def test_a_model_of_the_same_system_names_all_keys_at_once(
-    config: FinetuneConfig, tmp_path: Path
-) -> None:
+def test_a_model_of_the_same_system_names_all_keys_at_once(config, tmp_path):
     theirs = replace(config.model, num_layers=3, bias=True, vocab_size=80)
     build_system("skillnet", theirs, {}).save_pretrained(tmp_path / "model")
     with pytest.raises(UserError) as error:

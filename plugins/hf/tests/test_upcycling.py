@@ -23,10 +23,7 @@ from skillnet.skill_copies import (
 from skillnet.skills import SkillPlan
 from skillnet.systems import build_system
 from skillnet_hf.imported_weights import find_library_checkpoint, import_checkpoint
-from skillnet_hf.library_checkpoint import (
-    convert_checkpoint,
-    is_library_checkpoint,
-)
+from skillnet_hf.library_checkpoint import convert_checkpoint, is_library_checkpoint
 from skillnet_platform.errors import UserError
 from tests.helpers.small_models import batch_of, small_config, small_model
 
@@ -76,7 +73,7 @@ def test_skills_copied_from_a_library_compute_its_outputs(name: str, tmp_path: P
     config = dense.config
     modality, batch = batch_for(name, config)
     expected = library_tokens(name, theirs, batch)
-    found = our_tokens(dense, batch, SkillPlan((DENSE_SKILL,), modality))  # type: ignore[arg-type]
+    found = our_tokens(dense, batch, SkillPlan((DENSE_SKILL,), modality))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     changes = {key: getattr(config, key) for key in LAYERS}
     changes |= {"max_tokens": 12, "bigram_buckets": 0, "mel_stack": config.mel_stack}
@@ -85,7 +82,7 @@ def test_skills_copied_from_a_library_compute_its_outputs(name: str, tmp_path: P
     ours.load_partial(weights)
     for skills in (("text",), ("code", "general"), ("alignment", "general", "image", "sound"),
                    ("alignment", "general", "text")):  # fmt: skip
-        found = our_tokens(ours, batch, SkillPlan(skills, modality))  # type: ignore[arg-type]
+        found = our_tokens(ours, batch, SkillPlan(skills, modality))
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -292,9 +289,7 @@ def test_a_normalization_that_is_none_is_rejected(tmp_path: Path, key: str, valu
 
 @pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"\xff\xfe", b"[]", b"{", b"null"])
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "tokenizer.json"])
-def test_a_damaged_json_file_is_one_message_with_its_name(
-    tmp_path: Path, name: str, content: bytes
-) -> None:
+def test_a_damaged_json_file_is_one_message_with_its_name(tmp_path, name, content):
     save_checkpoint("vit", tmp_path)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=re.escape(str(tmp_path / name))) as caught:
@@ -305,9 +300,7 @@ def test_a_damaged_json_file_is_one_message_with_its_name(
 
 
 @pytest.mark.parametrize("kept", [0, 7, 8, 100, -1])
-def test_a_truncated_safetensors_file_is_one_message_with_its_name(
-    tmp_path: Path, kept: int
-) -> None:
+def test_a_truncated_safetensors_file_is_one_message_with_its_name(tmp_path, kept):
     save_checkpoint("bert", tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
@@ -331,9 +324,7 @@ def test_a_truncated_safetensors_file_is_one_message_with_its_name(
     ],
     ids=str,
 )
-def test_a_damaged_value_is_one_message_with_its_folder(
-    tmp_path: Path, changes: dict[str, Any]
-) -> None:
+def test_a_damaged_value_is_one_message_with_its_folder(tmp_path, changes):
     save_checkpoint("bert", tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(settings | changes))

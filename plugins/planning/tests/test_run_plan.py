@@ -84,9 +84,7 @@ def test_steps_take_the_longer_of_computing_and_sending() -> None:
     assert plan_run(config, WorkerPool(GPU_TYPES["T4"], 1, 10)).precision == "fp32"
 
 
-def test_the_command_reports_a_run_that_fits_and_one_that_does_not(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_command_reports_a_run_that_fits_and_one_that_does_not(capsys):
     words = ["--config", "tiny", "--gpus", "2xL4"]
     assert main([*words, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
@@ -169,9 +167,7 @@ def test_eight_gpus_of_a_node_are_planned_faster_than_one(gpu: str) -> None:
     [("8xH100", 1, 8, 3200), ("16xH100", 2, 8, 3200), ("3xL4", 1, 4, 40), ("4xL4", 1, 4, 40),
      ("L4", 1, 1, 10), ("12xA10G", 2, 8, 100), ("2xA100", 1, 8, 400), ("9xA10", 2, 8, 10)],
 )  # fmt: skip
-def test_gpus_are_in_nodes_as_large_as_there_are(
-    gpus: str, nodes: int, inside: int, network: float
-) -> None:
+def test_gpus_are_in_nodes_as_large_as_there_are(gpus, nodes, inside, network):
     pool = parse_pool(PlanConfig(gpus=gpus))
     assert (pool.nodes, pool.workers_per_node, pool.network_gbit_s) == (nodes, inside, network)
     given = parse_pool(PlanConfig(gpus=gpus, network_gbit_s=7))

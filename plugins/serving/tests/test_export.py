@@ -102,9 +102,7 @@ def test_folder_for_the_hub_loads_again_and_has_a_card(made: ExportPlace, tmp_pa
 
 
 @pytest.mark.parametrize("task", ["text_to_image", "speech_recognition"])
-def test_dense_model_reads_raw_inputs(
-    made: ExportPlace, tmp_path: Path, task: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dense_model_reads_raw_inputs(made, tmp_path, task, capsys):
     words = [task, "--to", "dense", "--output", str(tmp_path / "dense")]
     assert command.main([*words, "--model", str(made.bundle), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -124,9 +122,7 @@ def test_torch_program_is_compared_with_its_source(made: ExportPlace, tmp_path: 
     assert (tmp_path / "graph" / "input.pt2").is_file()
 
 
-def test_onnx_without_its_extra_names_it(
-    made: ExportPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_onnx_without_its_extra_names_it(made, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(UserError, match=r"skillnet-platform\[export\]"):
         made.export(tmp_path / "graph", "onnx", "speech_recognition")
@@ -165,9 +161,7 @@ def test_one_task_of_a_pushed_model_is_downloaded_alone(made: ExportPlace, tmp_p
         ("sentence-transformers", "text_to_image"),
     ],
 )
-def test_exports_name_no_place_of_the_machine_and_are_readable(
-    made: ExportPlace, tmp_path: Path, to: str, task: str | None
-) -> None:
+def test_exports_name_no_place_of_the_machine_and_are_readable(made, tmp_path, to, task):
     missing = [name for name in NEEDED.get(to, ()) if not importlib.util.find_spec(name)]
     if missing:
         pytest.skip(f"an extra is not installed: {', '.join(missing)}")
@@ -192,9 +186,7 @@ def test_exports_name_no_place_of_the_machine_and_are_readable(
         assert kept["seed"] == 3
 
 
-def test_weights_of_eight_bits_are_smaller_and_their_difference_is_stated(
-    made: ExportPlace, tmp_path: Path
-) -> None:
+def test_weights_of_eight_bits_are_smaller_and_their_difference_is_stated(made, tmp_path):
     onnx = pytest.importorskip("onnx", reason="needs the extra export")
     assert 1e-5 < made.export(tmp_path / "out", "onnx-int8", "text_to_image").difference < 1
     weights = onnx.load(tmp_path / "out" / "candidate.onnx").graph.initializer
@@ -203,14 +195,14 @@ def test_weights_of_eight_bits_are_smaller_and_their_difference_is_stated(
 
 @pytest.mark.parametrize("is_wrong", [lambda rows: rows > 1, lambda rows: rows == 1])
 def test_an_export_that_is_wrong_for_some_numbers_of_rows_is_refused(
-    made: ExportPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_wrong: Any
-) -> None:
+    made, tmp_path, monkeypatch, is_wrong
+):
     load = systems.load_model
 
     def load_spoiled(path: str | Path, task: str | None = None) -> Any:
         model = load(path, task)
         if Path(path) != made.bundle:
-            model.encoder.register_forward_hook(  # type: ignore[union-attr]
+            model.encoder.register_forward_hook(
                 lambda _, __, tokens_BTD: tokens_BTD * (1.5 if is_wrong(len(tokens_BTD)) else 1)
             )
         return model

@@ -5,7 +5,6 @@ import json
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,9 +80,7 @@ def test_requests_that_run_together_get_their_own_answers(model: ServedModel) ->
         (b'{"rows": [{"text": "' + b"a" * 200_000 + b'"}]}', 413, "larger than 200000 bytes"),
     ],
 )
-def test_a_bad_request_gets_one_clear_message(
-    service: Service, body: bytes, status: int, message: str
-) -> None:
+def test_a_bad_request_gets_one_clear_message(service, body, status, message):
     found, text = service.error("/v1/predict", data=body)
     assert found == status
     assert message in text
@@ -105,9 +102,7 @@ def test_an_answer_has_the_embedding_if_it_is_asked_for(service: Service) -> Non
     assert "true or false" in service.error("/v1/predict", {"rows": [row], "embeddings": 1})[1]
 
 
-def test_a_search_before_its_index_is_ready_gets_the_progress(
-    place: ServedPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_search_before_its_index_is_ready_gets_the_progress(place, tmp_path, monkeypatch):
     monkeypatch.setenv("SKILLNET_HOME", str(tmp_path))
     model = ServedModel(ServeConfig(str(place.bundle), str(place.data)))
     seen: list[dict[str, Any]] = []
@@ -136,9 +131,7 @@ def test_a_search_before_its_index_is_ready_gets_the_progress(
         assert progress["embedded"] == progress["rows"]
 
 
-def test_an_index_that_cannot_be_built_stops_nothing_else(
-    place: ServedPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_index_that_cannot_be_built_stops_nothing_else(place, tmp_path, monkeypatch):
     monkeypatch.setenv("SKILLNET_HOME", str(tmp_path))
     model = ServedModel(ServeConfig(str(place.bundle), str(place.data)))
     embed = CorpusSearch.embed_rows
@@ -209,9 +202,7 @@ def test_only_the_exact_token_is_accepted(header: str | None, accepted: bool) ->
     assert is_authorized(TOKEN, header) is accepted
 
 
-def test_other_interfaces_need_a_private_token(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_interfaces_need_a_private_token(tmp_path, monkeypatch):
     monkeypatch.delenv("SKILLNET_SERVE_TOKEN", raising=False)
     assert read_token(None, "127.0.0.1") is None
     for host in ("0.0.0.0", "::", "10.0.0.5", "model.example"):
@@ -261,9 +252,7 @@ def status_of(answer: bytes) -> int:
         (["localhost\r\nHost: evil.com", "localhost\r\nHost: localhost"], {400}),
     ],
 )
-def test_a_page_of_another_site_cannot_use_a_server_without_a_token(
-    open_service: Service, hosts: list[str], statuses: set[int]
-) -> None:
+def test_a_page_of_another_site_cannot_use_a_server_without_a_token(open_service, hosts, statuses):
     answers = {host: open_service.send(get("/health", f"Host: {host}")) for host in hosts}
     assert {host: status_of(each) for host, each in answers.items() if status_of(each) not in
             statuses} == {}  # fmt: skip
@@ -302,9 +291,7 @@ def test_a_request_names_its_host_in_one_place(open_service: Service, service: S
     ],
 )
 @pytest.mark.parametrize("path", ["/search?query=a", "/v1/tasks", "/metrics"])
-def test_a_page_of_another_site_gets_no_answer(
-    open_service: Service, path: str, headers: list[str], status: int
-) -> None:
+def test_a_page_of_another_site_gets_no_answer(open_service, path, headers, status):
     asked = len(open_service.replica.asked)
     assert status_of(open_service.send(get(path, "Host: localhost", *headers))) == status
     assert status_of(open_service.send(get("/health", "Host: localhost", *headers))) == 200
@@ -379,9 +366,7 @@ def test_the_search_page_takes_a_file(service: Service) -> None:
     ],
     ids=["type", "damaged", "empty", "large"],
 )
-def test_a_wrong_file_of_the_search_page_has_one_message(
-    service: Service, content: bytes, name: str, status: int, message: str
-) -> None:
+def test_a_wrong_file_of_the_search_page_has_one_message(service, content, name, status, message):
     found, page = send_form(service, content, name)
     assert found == status
     assert page.count('<p role="alert">') == 1
@@ -400,9 +385,7 @@ def test_a_wrong_file_of_the_search_page_has_one_message(
         ("Origin", "", 200),
     ],
 )
-def test_a_page_of_another_site_cannot_send_a_file(
-    service: Service, header: str, value: str, status: int
-) -> None:
+def test_a_page_of_another_site_cannot_send_a_file(service, header, value, status):
     assert send_form(service, draw_png(), "a.png", **{header: value or service.url})[0] == status
 
 

@@ -7,7 +7,7 @@ import json
 import shutil
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +79,8 @@ def read_about(service: Service) -> Any:
 
 
 def test_packages_come_and_go_without_a_lost_request_or_another_old_answer(
-    service: Service,
-    replica: ModelReplica,
-    shelf: Path,
-    model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    service, replica, shelf, model, tmp_path, monkeypatch
+):
     built: list[str] = []
     monkeypatch.setattr(CorpusSearch, "embed_rows", lambda *given: built.append(""))
     expected = [service.ask(*asked)[:2] for asked in OLD]
@@ -138,9 +133,7 @@ def test_packages_come_and_go_without_a_lost_request_or_another_old_answer(
     assert read_about(service)["problem"] == ""
 
 
-def test_the_page_and_the_health_follow_the_folder(
-    service: Service, shelf: Path, model: Path
-) -> None:
+def test_the_page_and_the_health_follow_the_folder(service, shelf, model):
     body, kind = encode_form(draw_png(), "a.png", "shape")
     before = service.ask("/search")[1]
     status, refused, _ = service.ask("/search", data=body, **{"Content-Type": kind})
@@ -169,14 +162,8 @@ def test_the_page_and_the_health_follow_the_folder(
     ],
 )
 def test_a_folder_that_cannot_be_served_leaves_the_old_model(
-    service: Service,
-    shelf: Path,
-    model: Path,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-    damage: Callable[[Path], None],
-    message: str,
-) -> None:
+    service, shelf, model, tmp_path, capfd, damage, message
+):
     expected = [service.ask(*asked)[:2] for asked in OLD]
     whole = Path(shutil.copytree(model, tmp_path / "whole"))
     staged = Path(shutil.copytree(model, tmp_path / "staged"))
@@ -217,9 +204,7 @@ def serve_other_weights(folder: Path) -> None:
     write_sealed(folder, manifest)
 
 
-def test_no_replica_answers_for_an_older_folder_than_another_one(
-    place: ServedPlace, shelf: Path, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_replica_answers_for_an_older_folder_than_another_one(place, shelf, model, monkeypatch):
     monkeypatch.setattr(model_replica, "LOOK_S", 3600.0)
     replicas = [ModelReplica(ServeConfig(str(model), search=False)) for _ in range(2)]
     row = InputRow("row 0", {}, PredictionItem("a.png", data=draw_png(), task="shape"))
@@ -246,9 +231,7 @@ def test_no_replica_answers_for_an_older_folder_than_another_one(
         replica.close()
 
 
-def test_an_index_stays_valid_when_a_package_joins(
-    place: ServedPlace, shelf: Path, model: Path
-) -> None:
+def test_an_index_stays_valid_when_a_package_joins(place, shelf, model):
     ServedModel(ServeConfig(str(model), str(place.data))).open_indexes()
     add(shelf, model)
     rows: list[int] = []

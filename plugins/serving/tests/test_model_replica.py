@@ -240,6 +240,6 @@ def test_a_request_ends_with_the_model_that_it_began_with(run: Any) -> None:
         assert [each["manifest_ns"] for each in answers] == [0, 0, 0, 2, 2]
         assert (model.passes, other.passes) == ([["first"], ["a", "b"]], [["c", "d"]])
         # So that the thread of the replica, which embeds with the old model, can end.
-        replica._model = model  # type: ignore[assignment]
+        replica._model = model
 
     run(test)

@@ -26,9 +26,7 @@ MIB = 2**20
     ],
     ids=["lists", "keys", "blanks", "strings", "number", "depth"],
 )
-def test_a_request_of_many_values_is_refused_before_it_is_parsed(
-    body: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_request_of_many_values_is_refused_before_it_is_parsed(body, monkeypatch):
     def parse(*given: Any, **options: Any) -> None:
         raise AssertionError("it is parsed")
 

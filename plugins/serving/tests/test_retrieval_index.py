@@ -68,9 +68,7 @@ def test_altered_index_is_rejected(tmp_path: Path) -> None:
         rejected(message)
 
 
-def test_damaged_index_is_built_again(
-    place: ServedPlace, run_root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_index_is_built_again(place, run_root, capsys):
     def build() -> np.ndarray:
         search = CorpusSearch(place.predictor, place.source, place.data, "text_to_image", ["test"])
         return search.embed_rows()
@@ -102,16 +100,12 @@ def firsts(corpus: PreparedCorpus) -> list[str]:
     return list(dict.fromkeys(row[0] for row in rows))
 
 
-def test_all_captions_are_known_below_the_limit(
-    corpus: PreparedCorpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_captions_are_known_below_the_limit(corpus, monkeypatch):
     monkeypatch.setattr(bundle, "BATCH_CAPTIONS", 3)
     assert bundle.read_known_captions(corpus) == firsts(corpus)
 
 
-def test_no_shard_is_opened_after_the_last_returned_caption(
-    corpus: PreparedCorpus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_shard_is_opened_after_the_last_returned_caption(corpus, monkeypatch, capsys):
     expected = firsts(corpus)
     opened: list[str] = []
     before = LocalShardStore.open
@@ -135,14 +129,12 @@ def test_captions_are_embedded_in_batches(monkeypatch: pytest.MonkeyPatch) -> No
         return np.array([[float(text)] for text in texts])
 
     predictor = SimpleNamespace(embed_texts=embed_texts)
-    vectors = bundle.embed_captions(predictor, "x", [str(n) for n in range(10)])  # type: ignore[arg-type]
+    vectors = bundle.embed_captions(predictor, "x", [str(n) for n in range(10)])
     assert vectors[:, 0].tolist() == list(range(10))
     assert sizes == [4, 4, 2]
 
 
-def test_a_search_above_the_memory_limit_names_a_split(
-    place: ServedPlace, corpus: PreparedCorpus, run_root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_search_above_the_memory_limit_names_a_split(place, corpus, run_root, monkeypatch):
     rows = sum(split.rows for split in corpus.splits.values())
     monkeypatch.setattr(corpus_search, "MAX_INDEX_BYTES", rows * 8 * 4 - 1)
     splits = list(corpus.splits)
@@ -163,9 +155,7 @@ def test_the_best_rows_are_those_of_a_stable_sort(count: int, levels: int) -> No
     assert list(iter_best(scores[:0], count)) == []
 
 
-def test_queries_that_arrive_together_get_their_own_scores_bit_by_bit(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_queries_that_arrive_together_get_their_own_scores_bit_by_bit(monkeypatch):
     vectors = unit_vectors(3_000, 24)
     vectors[1500] = vectors[7]
     queries = unit_vectors(40, 24)

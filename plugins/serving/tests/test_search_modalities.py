@@ -103,9 +103,7 @@ def save_run(tmp_path: Path, run_root: Path) -> Callable[..., str]:
 
 
 @pytest.mark.parametrize("modality", SEARCHED)
-def test_rows_of_every_modality_are_ranked_and_shown(
-    modality: str, data: Path, tmp_path: Path, save_run: Callable[..., str]
-) -> None:
+def test_rows_of_every_modality_are_ranked_and_shown(modality, data, tmp_path, save_run):
     run = save_run({"searched": retrieval(modality)}, {"searched": SEARCHED[modality]})
     page = tmp_path / "page.html"
     found = search_corpus(
@@ -156,18 +154,13 @@ def ask(modality: str, folder: Path) -> dict[str, object]:
     ids=str,
 )
 def test_the_other_tower_ranks_rows_or_captions_for_a_file(
-    towers: tuple[str, str],
-    asked: str,
-    ranked: str,
-    data: Path,
-    tmp_path: Path,
-    save_run: Callable[..., str],
-) -> None:
+    towers, asked, ranked, data, tmp_path, save_run
+):
     task = retrieval(towers[1], towers[0])
     corpus = open_corpus(data / SEARCHED[task.towers[task.row_tower].modality])
     run = save_run({"searched": task}, {"searched": corpus.name})
     settings = {"model": run, "data": str(data), "splits": ["test"], "top": 3}
-    found = search_corpus(SearchConfig(**ask(asked, tmp_path), **settings))  # type: ignore[arg-type]
+    found = search_corpus(SearchConfig(**ask(asked, tmp_path), **settings))
     assert found.task == "searched"
     assert found.query == {"text": "红色"}.get(asked) or found.query.startswith("a.")
     # The scores are the cosines to the rows, or their first captions, that the other tower reads.
@@ -180,7 +173,7 @@ def test_the_other_tower_ranks_rows_or_captions_for_a_file(
         column=tower_column(task, ranked),
     )
     vectors = InferenceRunner(model).embed("searched", ranked, inputs)
-    item = read_query(SearchConfig(**ask(asked, tmp_path)))  # type: ignore[arg-type]
+    item = read_query(SearchConfig(**ask(asked, tmp_path)))
     predictor = open_predictor(resolve_model(run), data)
     tower = {"query": "candidate"}.get(ranked, "query")
     query = predictor.embed_row(predictor.read_row(item, "searched", tower), "searched", tower)
@@ -188,15 +181,13 @@ def test_the_other_tower_ranks_rows_or_captions_for_a_file(
     np.testing.assert_allclose([hit.score for hit in found.hits], best, atol=1e-5)
 
 
-def test_queries_that_no_task_reads_have_one_message(
-    data: Path, tmp_path: Path, save_run: Callable[..., str]
-) -> None:
+def test_queries_that_no_task_reads_have_one_message(data, tmp_path, save_run):
     tasks = {"seen": retrieval("image"), "coded": retrieval("code")}
     run = save_run(tasks, {"seen": "drawings", "coded": "functions"})
 
     def fails(message: str, **settings: object) -> None:
         with pytest.raises(UserError, match=message):
-            search_corpus(SearchConfig(model=run, data=str(data), **settings))  # type: ignore[arg-type]
+            search_corpus(SearchConfig(model=run, data=str(data), **settings))
 
     movie = ask("video", tmp_path)
     fails(r"--model: none of its tasks \(coded, seen\) ranks rows for video", **movie)
@@ -223,14 +214,12 @@ def test_queries_that_no_task_reads_have_one_message(
     ],
     ids=["inner", "async", "class", "method", "block"],
 )
-def test_a_function_with_inner_functions_is_one_query(
-    source: str, data: Path, tmp_path: Path, save_run: Callable[..., str]
-) -> None:
+def test_a_function_with_inner_functions_is_one_query(source, data, tmp_path, save_run):
     run = save_run({"searched": retrieval("code", "code")}, {"searched": "functions"})
     file = tmp_path / "a.py"
     file.write_text(source)
     settings = {"model": run, "data": str(data), "splits": ["test"], "top": 3}
-    found = search_corpus(SearchConfig([], str(file), **settings))  # type: ignore[arg-type]
+    found = search_corpus(SearchConfig([], str(file), **settings))
     assert [hit.rank for hit in found.hits] == [1, 2, 3]
     # The query is the complete function, as a row of a corpus is.
     predictor = open_predictor(resolve_model(run), data)
@@ -242,8 +231,8 @@ def test_a_function_with_inner_functions_is_one_query(
 
 
 def test_an_unusable_query_is_refused_before_rows_are_embedded(
-    data: Path, tmp_path: Path, save_run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    data, tmp_path, save_run, monkeypatch
+):
     run = save_run({"coded": retrieval("code"), "seen": retrieval("image")},
                    {"coded": "functions", "seen": "drawings"})  # fmt: skip
     embedded: list[str] = []
@@ -256,26 +245,22 @@ def test_an_unusable_query_is_refused_before_rows_are_embedded(
     assert embedded == []
 
 
-def test_a_query_of_another_language_is_doubted(
-    data: Path, tmp_path: Path, save_run: Callable[..., str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_query_of_another_language_is_doubted(data, tmp_path, save_run, capsys):
     run = save_run({"searched": retrieval("image")}, {"searched": "drawings"})
     captions = open_corpus(data / "drawings").splits["test"].table()["captions"].to_pylist()
     page = tmp_path / "page.html"
     settings = {"model": run, "data": str(data), "html": str(page)}
     for known in {caption for row in captions for caption in row}:
-        assert search_corpus(SearchConfig([known], **settings)).caution == ""  # type: ignore[arg-type]
+        assert search_corpus(SearchConfig([known], **settings)).caution == ""
     for unknown in ("red heart", "сердце", "ハート型", "❤", "zzzz"):
-        found = search_corpus(SearchConfig([unknown], **settings))  # type: ignore[arg-type]
+        found = search_corpus(SearchConfig([unknown], **settings))
         assert "tokens of the query occur in no text of drawings, perhaps" in found.caution
         assert found.caution in page.read_text(encoding="utf-8")
         show_search(found)
         assert found.caution in " ".join(capsys.readouterr().err.split())
 
 
-def test_progress_of_an_index_counts_to_the_number_of_rows(
-    data: Path, save_run: Callable[..., str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_progress_of_an_index_counts_to_the_number_of_rows(data, save_run, capsys):
     run = save_run({"searched": retrieval("image")}, {"searched": "drawings"})
     totals: list[tuple[int, int | None]] = []
 
@@ -302,21 +287,17 @@ def small_batches(make: Callable[..., None]) -> Callable[..., None]:
     return make_small
 
 
-def test_rows_without_captions_cannot_be_ranked_by_them(
-    tmp_path: Path, save_run: Callable[..., str]
-) -> None:
+def test_rows_without_captions_cannot_be_ranked_by_them(tmp_path, save_run):
     folder = write_corpora(tmp_path / "corpora")
     run = save_run({"seen": retrieval("image")}, {"seen": "drawings"})
     names = ["caption_tokens", "captions"]
     edit_corpus(folder, "drawings", lambda _, table: table.drop_columns(names))
     query = ask("image", tmp_path)
     with pytest.raises(UserError, match="drawings: rows of test have no captions"):
-        search_corpus(SearchConfig(model=run, data=str(folder), splits=["test"], **query))  # type: ignore[arg-type]
+        search_corpus(SearchConfig(model=run, data=str(folder), splits=["test"], **query))
 
 
-def test_videos_are_shown_as_stored_unless_a_pen_drew_them(
-    tmp_path: Path, save_run: Callable[..., str]
-) -> None:
+def test_videos_are_shown_as_stored_unless_a_pen_drew_them(tmp_path, save_run):
     """Pen paths are black on white on the page; films of a user keep their colours."""
     folder = write_corpora(tmp_path / "corpora")
     edit_corpus(folder, "strokes", coloured_clips)
@@ -346,9 +327,7 @@ def coloured_clips(data: Path, table: pa.Table) -> pa.Table:
     )
 
 
-def test_rows_without_captions_are_named_by_transcript_or_key(
-    tmp_path: Path, save_run: Callable[..., str]
-) -> None:
+def test_rows_without_captions_are_named_by_transcript_or_key(tmp_path, save_run):
     """A split for prediction has no captions, and audio of a CTC task has transcripts."""
     folder = write_corpora(tmp_path / "corpora")
     edit_corpus(folder, "drawings", lambda _, table: table.drop_columns(["captions"]))
@@ -360,9 +339,7 @@ def test_rows_without_captions_are_named_by_transcript_or_key(
     assert seen.caption == seen.key
 
 
-def test_corpora_that_cannot_be_searched_are_named(
-    tmp_path: Path, save_run: Callable[..., str]
-) -> None:
+def test_corpora_that_cannot_be_searched_are_named(tmp_path, save_run):
     tasks = {
         "views": retrieval("image", "image"),
         "crossed": retrieval("video"),

@@ -73,9 +73,7 @@ def test_no_request_is_lost_when_a_replica_is_killed(url: str) -> None:
         assert [each.result() for each in sent] == [[1] * REQUESTS] * CLIENTS
 
 
-def test_replicas_take_packages_together(
-    url: str, place: ServedPlace, model: Path, tmp_path: Path
-) -> None:
+def test_replicas_take_packages_together(url, place, model, tmp_path):
     package = pack_shapes(place, tmp_path)
     picture = {"file": base64.b64encode(draw_png()).decode(), "name": "a.png", "task": "shape"}
     expected, is_over = rank_classes(url), threading.Event()

@@ -45,7 +45,7 @@ def keep_study(
             for label in skills
         },
         claims=ClaimsConfig(stated=dict(stated or {})),
-        **settings,  # type: ignore[arg-type]
+        **settings,
     )
     outcomes = []
     for trial in build_final_trials(config, start_tuning(config)):

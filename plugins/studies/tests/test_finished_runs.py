@@ -19,10 +19,7 @@ from skillnet_studies.analysis.finished_runs import (
     read_run,
 )
 from skillnet_studies.report.run_tables import build_settings_table
-from tests.helpers.synthetic_runs import (
-    write_pretraining,
-    write_run,
-)
+from tests.helpers.synthetic_runs import write_pretraining, write_run
 from tests.unit.platform.test_configuration import Example
 
 

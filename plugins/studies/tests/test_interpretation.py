@@ -63,8 +63,7 @@ def model(data: Path) -> SkillNet:
 
 def test_every_change_of_a_plan_is_listed_once() -> None:
     task = Task(
-        "retrieval",
-        {"query": SkillPlan(("a", "b")), "candidate": SkillPlan(("a", "c"), "image")},
+        "retrieval", {"query": SkillPlan(("a", "b")), "candidate": SkillPlan(("a", "c"), "image")}
     )
     found = {(c.kind, c.skill, c.other): c.task for c in list_plan_changes(task, "abcd")}
     assert {key for key in found if key[0] == REMOVE} == {(REMOVE, s, "") for s in "abc"}
@@ -140,9 +139,7 @@ def test_removing_the_only_skill_has_no_score(data: Path, model: SkillNet) -> No
     assert (left["score_drop"], left["after"], left["low"]) == (None, None, None)
 
 
-def test_ablations_use_all_captions_where_the_evaluation_does(
-    model: SkillNet, tmp_path: Path
-) -> None:
+def test_ablations_use_all_captions_where_the_evaluation_does(model, tmp_path):
     own = write_corpora(tmp_path / "data", rows=20, test_rows=12)
     change_corpus(own / "drawings", queries="all")
     evaluated = evaluate_model(model, own, ["text_to_image"], ["test"], bootstrap_samples=0)
@@ -276,9 +273,7 @@ def test_all_files_and_figures_are_written(data: Path, model: SkillNet, tmp_path
     assert lines[0].startswith("task,split,change,skill,other,metric")
 
 
-def test_command_prints_json_and_rejects_errors(
-    data: Path, model: SkillNet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_prints_json_and_rejects_errors(data, model, tmp_path, capsys):
     model.save_pretrained(tmp_path / "model")
     arguments = [str(tmp_path / "model"), "--data", str(data), "--output", str(tmp_path / "out")]
     arguments += ["--tasks", "text_classification", "--swaps", "false"]

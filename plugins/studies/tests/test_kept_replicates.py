@@ -55,11 +55,7 @@ from skillnet_studies.study.kept_results import (
     read_study_config,
     restore_results,
 )
-from skillnet_studies.study.reserve import (
-    read_reserve,
-    read_reserve_record,
-    seal_reserve,
-)
+from skillnet_studies.study.reserve import read_reserve, read_reserve_record, seal_reserve
 from skillnet_studies.study.study import (
     build_final_trials,
     check_folds,
@@ -229,9 +225,7 @@ def test_damaged_sums_of_a_kept_study_are_named(tmp_path: Path):
         open_study(path)
 
 
-def test_a_lost_machine_costs_the_tuning_trials_that_it_was_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_lost_machine_costs_the_tuning_trials_that_it_was_training(tmp_path, monkeypatch):
     ran: list[str] = []
 
     def train(trials: Sequence[Trial], **options: Any) -> list[TrialOutcome]:
@@ -448,9 +442,7 @@ def group_rows(folder: Path) -> None:
     pq.write_table(table, folder / OUTCOMES_FILE)
 
 
-def test_the_report_of_a_kept_study_has_its_claims_and_roles(
-    tmp_path: Path, run_root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_report_of_a_kept_study_has_its_claims_and_roles(tmp_path, run_root, monkeypatch):
     # Pages are tests of their own.
     monkeypatch.setattr("skillnet_studies.compare._write_and_record", lambda *_: None)
     stated = {"skills": CLAIM}

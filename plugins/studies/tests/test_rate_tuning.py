@@ -71,9 +71,7 @@ def test_neighbours_of_the_lowest_rate_are_the_next_two() -> None:
         ([1e-3], [0.4], 1e-3, "fewer than three"),
     ],
 )
-def test_the_best_trial_is_taken_where_no_parabola_has_a_top(
-    rates: list[float], scores: list[float], rate: float, note: str
-) -> None:
+def test_the_best_trial_is_taken_where_no_parabola_has_a_top(rates, scores, rate, note):
     fit = fit_best_rate(rates, scores)
     assert fit.rate == rate
     assert note in fit.note

@@ -102,9 +102,7 @@ class Folds(HTMLParser):
         self.text += data if not self.depth else ""
 
 
-def test_the_answer_the_figures_and_one_short_table_come_first(
-    report: reporting.ComparisonReport, page: str
-) -> None:
+def test_the_answer_the_figures_and_one_short_table_come_first(report, page):
     shown = Folds(page.partition("<body>")[2])
     assert report.answer.startswith("Shown: One pretrained SkillNet scores as high as five")
     assert re.search(r"least favourable of 5 scores: [a-z ]+ [+−][\d.]+ points \(", report.answer)
@@ -195,19 +193,15 @@ def test_without_claims_the_best_systems_are_the_table(comparison: SystemCompari
     assert len(made.tables[1].rows) == len(SYSTEMS) + 1
 
 
-def test_variants_of_a_system_are_adjacent_and_sorted_by_score(
-    comparison: SystemComparison, report: reporting.ComparisonReport
-) -> None:
+def test_variants_of_a_system_are_adjacent_and_sorted_by_score(comparison, report):
     order = [
-        *("skillnet-pretrained", "skillnet", "moe", "specialist-pretrained", "specialist", "dense"),
+        *("skillnet-pretrained", "skillnet", "moe", "specialist-pretrained", "specialist", "dense")
     ]
     assert sort_systems(comparison) == order
     assert list(report.comparison.systems) == order
 
 
-def test_speech_has_one_direction_in_all_tables(
-    report: reporting.ComparisonReport, page: str
-) -> None:
+def test_speech_has_one_direction_in_all_tables(report, page):
     named = 0
     for table in report.tables:
         for place, column in enumerate(table.columns):
@@ -219,9 +213,7 @@ def test_speech_has_one_direction_in_all_tables(
     assert "token_error_rate" not in page
 
 
-def test_numbers_stay_whole_at_100_columns(
-    report: reporting.ComparisonReport, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
+def test_numbers_stay_whole_at_100_columns(report, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "100")
     reporting.show_report(report)
     shown = capsys.readouterr().out
@@ -236,9 +228,7 @@ def test_numbers_stay_whole_at_100_columns(
     assert console.terminal_width(None) == 100
 
 
-def test_the_figure_of_the_documents_is_drawn_from_kept_files(
-    report: reporting.ComparisonReport, tmp_path: Path
-) -> None:
+def test_the_figure_of_the_documents_is_drawn_from_kept_files(report, tmp_path):
     write_report(report, tmp_path)
     assert draw_study.read_reference(read_csv_rows(tmp_path / "summary.csv")) == pytest.approx(40)
     assert draw_study.main([str(tmp_path), "--notice", "under revision"]) == 0

@@ -46,9 +46,7 @@ def flatten_trial(trial: Trial) -> dict[str, Any]:
         ("rates", set(parse_study("final").systems)),
     ],
 )
-def test_studies_have_the_folds_rows_and_steps_of_the_final_one(
-    name: str, systems: set[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_studies_have_the_folds_rows_and_steps_of_the_final_one(name, systems, capsys):
     final, beside = parse_study("final"), parse_study(name)
     check_roles(beside, list(beside.systems))
     assert "nothing is tested" not in capsys.readouterr().err
@@ -82,9 +80,7 @@ def test_each_system_has_its_label_fraction_and_pretraining_reads_all_rows() -> 
     [("longer", "-long", 3 * 2150), ("longer-pretrained", "-long", 3 * 2150),
      ("equal-steps", "-equal", 2200 + 2150)],
 )  # fmt: skip
-def test_longer_arms_differ_from_the_runs_of_rates_only_in_their_steps(
-    name: str, suffix: str, steps: int
-) -> None:
+def test_longer_arms_differ_from_the_runs_of_rates_only_in_their_steps(name, suffix, steps):
     config, usual = parse_study(name), parse_study("rates")
     others = {trial.name: trial for trial in build_final_trials(usual, start_tuning(usual))}
     for trial in build_final_trials(config, start_tuning(config)):

@@ -48,7 +48,7 @@ def outcome(trial: Trial, score: float | None, status: str = "finished") -> Tria
         trial.name,
         trial.group or trial.name,
         Path(trial.name),
-        status,  # type: ignore[arg-type]
+        status,
         result={"step": 6, "seconds": 2.0} if status == "finished" else None,
         reports=reports,
         seed=trial.config.seed,

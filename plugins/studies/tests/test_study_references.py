@@ -53,9 +53,7 @@ def test_references_are_the_means_over_the_folds(tmp_path: Path) -> None:
     assert len({fold["text_classification", "test"] for fold in by_fold}) > 1
 
 
-def test_without_the_corpora_of_the_study_nothing_is_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_the_corpora_of_the_study_nothing_is_written(tmp_path, capsys):
     study = write_kept_study(tmp_path)
     before = {"corpora": {}, "fold": {}, "scores": []}
     write_document(study, REFERENCES_FILE, before)

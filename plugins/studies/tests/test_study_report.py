@@ -218,9 +218,7 @@ def test_number_formats():
 # -- the command ---------------------------------------------------------------------------
 
 
-def test_finished_runs_from_the_command_line(
-    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-):
+def test_finished_runs_from_the_command_line(folders, tmp_path, monkeypatch, capsys):
     # Twelve runs by the folder of their study, three by their names.
     names = [folder.name for folder in folders]
     entries = [
@@ -315,9 +313,7 @@ def test_tuning_is_reported_by_the_labels_of_the_report(tmp_path: Path):
     assert (made["net"].score, made["net (two)"].score) == (0.5, 0.7)
 
 
-def test_skill_figures_are_written_beside_the_report(
-    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_skill_figures_are_written_beside_the_report(folders, tmp_path, monkeypatch):
     asked: list[InterpretConfig] = []
 
     def refuse(config: InterpretConfig) -> None:
@@ -373,9 +369,7 @@ def test_errors_are_one_line(arguments: list[str], expected: str, run_root: Path
 
 
 @pytest.mark.parametrize("option", ["--reference", "--specialist"])
-def test_an_unknown_role_is_rejected_before_the_report(
-    option: str, folders: list[Path], tmp_path: Path, capsys
-):
+def test_an_unknown_role_is_rejected_before_the_report(option, folders, tmp_path, capsys):
     arguments = ["--runs", *map(str, folders), option, "dens", "--output", str(tmp_path / "out")]
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     assert command.main([*arguments, "--tracking.uri", uri]) == 2

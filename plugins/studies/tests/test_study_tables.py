@@ -14,11 +14,7 @@ from skillnet_studies.study.kept_results import RESERVE_RECORD, change_kept, wri
 from skillnet_studies.study.study import read_study_ledger
 from tools.docs import study_tables
 from tools.docs.page_marks import between
-from tools.docs.study_rates import (
-    build_change_table,
-    build_rates_table,
-    choose_rates_again,
-)
+from tools.docs.study_rates import build_change_table, build_rates_table, choose_rates_again
 from tools.docs.study_rates import main as show_rates
 from tools.docs.study_tables import (
     BESIDE_PAGE,

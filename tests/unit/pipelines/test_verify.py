@@ -29,7 +29,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def states(run: Path, **options: object) -> dict[str, str]:
-    config = verify.VerifyConfig(str(run), str(run.parent / "data"), **options)  # type: ignore[arg-type]
+    config = verify.VerifyConfig(str(run), str(run.parent / "data"), **options)
     return {check.subject: check.state for check in verify.verify(config)}
 
 

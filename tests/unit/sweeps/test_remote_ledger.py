@@ -14,7 +14,6 @@ from sweeps.sweep import START_FILES, _resolve_config
 from sweeps.trials import remote_ledger
 from sweeps.trials.ledger import LedgerEntry
 from sweeps.trials.trial import Trial, read_reports
-from tests.helpers.object_store import ObjectStore
 
 SPACE = {"training.lr": {"choice": [1e-3, 2e-3]}}
 
@@ -24,9 +23,7 @@ def trial_at(folder: Path, uri: str) -> LedgerEntry:
     return LedgerEntry(Trial("000", FinetuneConfig()), folder, RunMirror(uri, folder))
 
 
-def test_an_empty_disk_restores_the_ledger_without_models(
-    object_store: ObjectStore, tmp_path: Path
-) -> None:
+def test_an_empty_disk_restores_the_ledger_without_models(object_store, tmp_path):
     uri = f"{object_store.uri}/sweep"
     here = trial_at(tmp_path / "here/trials/000", f"{uri}/trials/000")
     assert here.mirror is not None
@@ -60,9 +57,7 @@ def test_an_empty_disk_restores_the_ledger_without_models(
     assert not (again.folder / "checkpoints").exists()
 
 
-def test_driver_files_are_kept_and_trial_logs_are_downloaded(
-    object_store: ObjectStore, tmp_path: Path
-) -> None:
+def test_driver_files_are_kept_and_trial_logs_are_downloaded(object_store, tmp_path):
     uri = f"{object_store.uri}/sweep/trials/000"
     here = trial_at(tmp_path / "000", uri)
     assert here.mirror is not None
@@ -81,9 +76,7 @@ def test_driver_files_are_kept_and_trial_logs_are_downloaded(
     assert finished["model"] == str(here.folder / "model")
 
 
-def test_a_failure_is_cleared_on_disk_and_in_the_store(
-    object_store: ObjectStore, tmp_path: Path
-) -> None:
+def test_a_failure_is_cleared_on_disk_and_in_the_store(object_store, tmp_path):
     uri = f"{object_store.uri}/sweep/trials/000"
     here = trial_at(tmp_path / "000", uri)
     (here.folder / "config.yaml").write_text("{}")

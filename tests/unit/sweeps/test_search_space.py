@@ -226,9 +226,7 @@ def test_optuna_finds_the_better_half(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("killed_after", [1, 2, 6, 9, 19])
-def test_a_resumed_optuna_sweep_draws_the_points_of_an_uninterrupted_one(
-    killed_after: int, tmp_path: Path
-) -> None:
+def test_a_resumed_optuna_sweep_draws_the_points_of_an_uninterrupted_one(killed_after, tmp_path):
     wanted = run_guided(guided(tmp_path / "whole"))
     before = run_guided(guided(tmp_path / "killed"), killed_after)
     after = run_guided(guided(tmp_path / "killed"))
@@ -316,9 +314,7 @@ SMALL_SPACES: dict[str, tuple[dict[str, Any], int]] = {
 @pytest.mark.parametrize("name", SMALL_SPACES)
 @pytest.mark.parametrize("search", ["random", "optuna", "grid", "tuning"])
 @pytest.mark.parametrize("more", [-1, 0, 5])
-def test_a_small_space_is_tried_completely_and_once(
-    name: str, search: str, more: int, tmp_path: Path
-) -> None:
+def test_a_small_space_is_tried_completely_and_once(name, search, more, tmp_path):
     """Optuna trained 4 distinct of 8 configurations under Ray; random stopped without a word."""
     dimensions, size = SMALL_SPACES[name]
     if search == "grid" and "numbers" in name:
@@ -392,14 +388,12 @@ def test_a_huge_space_is_not_listed() -> None:
 
 
 @pytest.mark.parametrize(("search", "samples"), [("random", 8), ("optuna", 8), ("grid", 8)])
-def test_a_sweep_says_that_its_space_is_small(
-    search: str, samples: int, tmp_path: Path, capsys
-) -> None:
+def test_a_sweep_says_that_its_space_is_small(search, samples, tmp_path, capsys):
     values = {"model.skill_every": [1, 2], "training.weight_decay": [0, 0.0, 0.1]}
     config = SweepConfig(
         name="small",
         space={key: SearchDimension(choice=each) for key, each in values.items()},
-        search=search,  # type: ignore[arg-type]
+        search=search,
         samples=samples,
     )
     (tmp_path / "small" / "trials").mkdir(parents=True)

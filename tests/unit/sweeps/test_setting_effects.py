@@ -98,10 +98,7 @@ def test_the_figure_names_the_settings_and_nearly_equal_costs_do_not_fill_its_ax
     flops, params, names = figure.axes
     assert {text.get_text() for text in flops.texts} == {"1", "2"}
     (listed,) = names.texts
-    assert listed.get_text().splitlines() == [
-        "  1  lr 0.002, depth 2",
-        "  2  lr 0.001, depth 2",
-    ]
+    assert listed.get_text().splitlines() == ["  1  lr 0.002, depth 2", "  2  lr 0.001, depth 2"]
     low, high = params.get_xlim()
     assert high - low > 100 * 0.001, "a thousandth does not fill the panel"
     assert flops.get_xlim()[1] - flops.get_xlim()[0] == pytest.approx(110, rel=0.1)

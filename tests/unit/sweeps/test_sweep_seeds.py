@@ -49,9 +49,7 @@ def test_added_seeds_keep_the_names_of_earlier_trials(tmp_path: Path, search: An
 
 
 @pytest.mark.parametrize("settings", [{"search": "optuna"}, {"scheduler": "asha"}])
-def test_sweeps_with_dependent_trials_keep_their_seeds(
-    tmp_path: Path, settings: dict[str, Any]
-) -> None:
+def test_sweeps_with_dependent_trials_keep_their_seeds(tmp_path, settings):
     folder = tmp_path / "sweep"
     folder.mkdir()
     config = sweep_of(tmp_path, **settings)

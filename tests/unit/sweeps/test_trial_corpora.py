@@ -40,9 +40,7 @@ def end_trial(trial: Trial, folder: Path, end: str, corpora: dict[str, str | Non
 
 
 @pytest.mark.parametrize("end", list(ENDS))
-def test_a_trial_that_ended_on_another_corpus_is_refused_with_both_digests(
-    trial: Trial, tmp_path: Path, end: str
-) -> None:
+def test_a_trial_that_ended_on_another_corpus_is_refused_with_both_digests(trial, tmp_path, end):
     now = trial.config.corpora["headings"]
     end_trial(trial, tmp_path / "a", end, trial.config.corpora | {"headings": BEFORE})
     with pytest.raises(UserError, match=f"corpora.headings is {BEFORE} in .*, and {now} below"):
@@ -50,16 +48,12 @@ def test_a_trial_that_ended_on_another_corpus_is_refused_with_both_digests(
 
 
 @pytest.mark.parametrize("end", list(ENDS))
-def test_a_trial_that_ended_on_the_same_corpora_is_not_repeated(
-    trial: Trial, tmp_path: Path, end: str
-) -> None:
+def test_a_trial_that_ended_on_the_same_corpora_is_not_repeated(trial, tmp_path, end):
     end_trial(trial, tmp_path / "a", end, trial.config.corpora)
     assert LedgerEntry(trial, tmp_path / "a").load_settled() is not None
 
 
-def test_a_trial_with_a_pretraining_is_refused_before_anything_starts(
-    trial: Trial, tmp_path: Path
-) -> None:
+def test_a_trial_with_a_pretraining_is_refused_before_anything_starts(trial, tmp_path):
     end_trial(trial, tmp_path / "t" / "a", RESULT, trial.config.corpora | {"headings": BEFORE})
     parent: Any = None
     pretrained = replace(trial, pretrain=PretrainConfig())

@@ -35,9 +35,7 @@ REPORTS = [{"step": 2, "score": 0.9}, {"step": 4, "score": 0.95}]
         (0.0, True, r"trial a: training\.use_gpu is true, but resources\.gpus is 0"),
     ],
 )
-def test_a_gpu_must_be_both_reserved_and_used(
-    gpus: float, use_gpu: bool, expected: str, tmp_path: Path
-) -> None:
+def test_a_gpu_must_be_both_reserved_and_used(gpus, use_gpu, expected, tmp_path):
     trial = Trial("a", small_config(tmp_path / "corpora", use_gpu=use_gpu))
     parent: Any = None
     with pytest.raises(UserError, match=expected):
@@ -158,9 +156,7 @@ def test_pruning_on_the_way_keeps_what_pruning_at_the_end_keeps(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("checkpoint", [None, 3])
-def test_a_resumed_trial_counts_the_steps_of_its_checkpoint(
-    tmp_path: Path, checkpoint: int | None
-) -> None:
+def test_a_resumed_trial_counts_the_steps_of_its_checkpoint(tmp_path, checkpoint):
     resumed = LedgerEntry(Trial("a", small_config(tmp_path)), tmp_path / "a")
     if checkpoint is not None:
         (resumed.folder / f"checkpoints/step-{checkpoint:08d}").mkdir(parents=True)
@@ -181,9 +177,7 @@ def parent(run_root: Path) -> Iterator[tracking.Tracker]:
         yield tracker
 
 
-def test_a_trial_that_ended_without_its_driver_is_completed_once(
-    parent: tracking.Tracker, run_root: Path
-) -> None:
+def test_a_trial_that_ended_without_its_driver_is_completed_once(parent, run_root):
     folder = run_root / "sweep" / "000-seed0"
     trial = Trial("000-seed0", small_config(run_root / "corpora"), splits=("validation",))
     opened = tracking.start_child_run(parent, trial.name, record=folder / "run.json")
@@ -220,9 +214,7 @@ def test_a_trial_that_ended_without_its_driver_is_completed_once(
     assert len(client.search_runs([parent.experiment_id])) == 2
 
 
-def test_a_sampled_trial_that_does_not_fit_opens_no_run(
-    parent: tracking.Tracker, run_root: Path
-) -> None:
+def test_a_sampled_trial_that_does_not_fit_opens_no_run(parent, run_root):
     """A point that is drawn after the start of the sweep is not known before."""
     trial = Trial("000-seed0", small_config(run_root / "corpora"), splits=("validation",))
     options = TrialOptions(

@@ -81,9 +81,7 @@ def finetune_same(data: TrainingData, folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.integration
-def test_a_model_has_the_weights_of_the_command_and_can_be_used(
-    data: TrainingData, tmp_path: Path
-) -> None:
+def test_a_model_has_the_weights_of_the_command_and_can_be_used(data, tmp_path):
     torch.set_num_threads(1)
     model = make_model(data)
     result = model.fit(data, SETTINGS, output=tmp_path / "mine")
@@ -110,9 +108,7 @@ def test_a_model_has_the_weights_of_the_command_and_can_be_used(
         model.fit(data, SETTINGS, output=tmp_path / "mine")
 
 
-def test_an_own_loop_with_the_batches_and_losses_of_the_run_gives_equal_gradients(
-    data: TrainingData,
-) -> None:
+def test_an_own_loop_with_the_batches_and_losses_of_the_run_gives_equal_gradients(data):
     model = make_model(data).train()
     tasks = set()
     for batch in data.batches(model, {**SETTINGS, "training.steps": 4}):
@@ -221,9 +217,7 @@ def test_an_interrupted_fit_resumes_to_equal_weights(data: TrainingData, tmp_pat
         ({"tasks.topics.batch_size": 3}, "topics"),
     ],
 )
-def test_a_wrong_setting_is_one_sentence(
-    data: TrainingData, settings: dict[str, Any], message: str
-) -> None:
+def test_a_wrong_setting_is_one_sentence(data, settings, message):
     with pytest.raises(UserError, match=message):
         make_model(data).fit(data, settings)
 

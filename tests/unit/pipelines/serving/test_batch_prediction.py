@@ -71,9 +71,7 @@ def test_blocks_cover_every_line_once(rows: Path, monkeypatch: pytest.MonkeyPatc
         plan_blocks(rows, 3)
 
 
-def test_parts_equal_a_prediction_at_once_and_name_every_row(
-    served: dict[str, str], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parts_equal_a_prediction_at_once_and_name_every_row(served, rows, tmp_path, monkeypatch):
     request = BatchRequest(**served, output=str(tmp_path / "out"))
 
     done: list[int] = []
@@ -118,9 +116,7 @@ def test_parts_equal_a_prediction_at_once_and_name_every_row(
         assert hashlib.sha256(data).hexdigest() == part["sha256"]
 
 
-def test_an_output_of_another_call_is_kept(
-    served: dict[str, str], rows: Path, tmp_path: Path
-) -> None:
+def test_an_output_of_another_call_is_kept(served, rows, tmp_path):
     request = BatchRequest(**served, output=str(tmp_path / "out"))
     assert predict_blocks(request, rows / "a.jsonl", 100).predictions == 7
     again = predict_blocks(request, rows / "a.jsonl", 100)
@@ -132,12 +128,7 @@ def test_an_output_of_another_call_is_kept(
 
 
 @pytest.mark.parametrize("exchanged", ["text", "medium", "listed", "missing", "corpus", "open"])
-def test_an_exchanged_input_of_a_done_block_is_refused(
-    served: dict[str, str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    exchanged: str,
-) -> None:
+def test_an_exchanged_input_of_a_done_block_is_refused(served, tmp_path, monkeypatch, exchanged):
     """Names and sizes stay equal: only the bytes differ."""
     folder, code = tmp_path / "rows", "def {}(file):\n    return client.{}(file)\n"
     (folder / ".m").mkdir(parents=True)
@@ -183,9 +174,7 @@ def test_an_exchanged_input_of_a_done_block_is_refused(
     assert read_parts(tmp_path / "out") == before
 
 
-def test_media_files_are_rows_and_bad_ones_are_rejected(
-    served: dict[str, str], tmp_path: Path
-) -> None:
+def test_media_files_are_rows_and_bad_ones_are_rejected(served, tmp_path):
     folder = tmp_path / "media"
     folder.mkdir()
     code = 'def read_file(file):\n    """读取文件"""\n    return client.read(file)\n'
@@ -215,9 +204,7 @@ def test_media_files_are_rows_and_bad_ones_are_rejected(
     assert [Path(each["source"]).name for each in rejected] == ["rows.jsonl", "b.png", "c.txt"]
 
 
-def test_memory_does_not_grow_with_the_input(
-    served: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_does_not_grow_with_the_input(served, tmp_path, monkeypatch):
     """A block of many files holds the bytes of a few at a time, and nothing after its end."""
     monkeypatch.setattr(predictor, "CHUNK_BYTES", 2**20)
     draw = np.random.default_rng(0)
@@ -246,9 +233,7 @@ def test_a_prediction_in_blocks_needs_one_input_and_an_output(tmp_path: Path) ->
 
 
 @pytest.mark.integration
-def test_input_and_output_may_be_in_a_store(
-    served: dict[str, str], rows: Path, object_store: Any
-) -> None:
+def test_input_and_output_may_be_in_a_store(served, rows, object_store):
     for path in rows.glob("*.jsonl"):
         directories.put_file(path, f"{object_store.uri}/rows/{path.name}")
     output = f"{object_store.uri}/predictions"
@@ -262,9 +247,7 @@ def test_input_and_output_may_be_in_a_store(
 
 @pytest.mark.integration
 @pytest.mark.slow("test_batch_prediction.py::test_input_and_output_may_be_in_a_store")
-def test_ray_data_predicts_from_a_store_into_a_store(
-    served: dict[str, str], rows: Path, object_store: Any
-) -> None:
+def test_ray_data_predicts_from_a_store_into_a_store(served, rows, object_store):
     for path in rows.glob("*.jsonl"):
         directories.put_file(path, f"{object_store.uri}/rows/{path.name}")
     output = f"{object_store.uri}/predictions"

@@ -86,9 +86,7 @@ def set_entry(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(("key", "value", "message"), CHANGES)
-def test_wrong_value_of_the_manifest_is_named(
-    place: ServedPlace, tmp_path: Path, key: str, value: Any, message: str
-) -> None:
+def test_wrong_value_of_the_manifest_is_named(place, tmp_path, key, value, message):
     folder = copy_bundle(place, tmp_path)
     seal(folder, lambda serving: set_entry(serving, key, value))
     with pytest.raises(UserError, match=message) as caught:
@@ -96,9 +94,7 @@ def test_wrong_value_of_the_manifest_is_named(
     assert str(caught.value).startswith(str(folder / "manifest.json"))
 
 
-def test_change_of_the_manifest_that_fits_its_schema_is_noticed(
-    place: ServedPlace, tmp_path: Path
-) -> None:
+def test_change_of_the_manifest_that_fits_its_schema_is_noticed(place, tmp_path):
     folder = copy_bundle(place, tmp_path)
     whole = read_manifest(folder)
     names = whole["serving"]["tasks"][TASK]["names"]
@@ -127,9 +123,7 @@ def test_weights_are_hashed_once(place: ServedPlace, monkeypatch: pytest.MonkeyP
     assert {count for name, count in hashed.items() if name.endswith(".safetensors")} == {1}
 
 
-def test_tokenizer_with_tokens_beyond_the_vocabulary_is_rejected(
-    place: ServedPlace, tmp_path: Path
-) -> None:
+def test_tokenizer_with_tokens_beyond_the_vocabulary_is_rejected(place, tmp_path):
     folder = copy_bundle(place, tmp_path)
     tree = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     tree["model"]["vocab"]["zzz"] = 1200
@@ -139,9 +133,7 @@ def test_tokenizer_with_tokens_beyond_the_vocabulary_is_rejected(
         bundle.open_bundle(folder)
 
 
-def test_a_router_counts_training_rows_and_calibrates_with_others(
-    place: ServedPlace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_router_counts_training_rows_and_calibrates_with_others(place, monkeypatch):
     monkeypatch.setattr(bundle, "CALIBRATING_ROWS", 7)
     model = SkillNet.from_pretrained(place.bundle)
     corpus = open_corpus(place.data / "headings")
@@ -179,9 +171,7 @@ def test_captions_that_are_no_unit_vectors_are_rejected(place: ServedPlace, tmp_
         bundle.open_bundle(folder)
 
 
-def test_damaged_cache_of_a_checkpoint_is_built_again(
-    place: ServedPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_damaged_cache_of_a_checkpoint_is_built_again(place, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SKILLNET_HOME", str(tmp_path))
     item = PredictionItem("x", "数学教程")
     expected = bundle.open_predictor(place.source, place.data).predict([item])
@@ -204,9 +194,7 @@ def test_damaged_cache_of_a_checkpoint_is_built_again(
         bundle.open_predictor(model_source.resolve_model(str(folder)), place.data)
 
 
-def test_predictions_and_rejected_rows_are_joined_with_their_input(
-    place: ServedPlace, tmp_path: Path, capsys: Any
-) -> None:
+def test_predictions_and_rejected_rows_are_joined_with_their_input(place, tmp_path, capsys):
     """Rejected rows and files with several functions leave no prediction without its row.
 
     Reasons of rows that every entry can have are in test_entries.py.
@@ -251,9 +239,7 @@ def test_predictions_and_rejected_rows_are_joined_with_their_input(
     assert not listed.exists()
 
 
-def test_text_of_the_command_line_with_half_a_character_is_an_error(
-    place: ServedPlace, capsys: Any
-) -> None:
+def test_text_of_the_command_line_with_half_a_character_is_an_error(place, capsys):
     assert predict.main(["--text", "a\udc80", "--model", str(place.bundle)]) == 2
     assert "--text: the text has a lone surrogate" in " ".join(capsys.readouterr().err.split())
 

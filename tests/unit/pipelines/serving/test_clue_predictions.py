@@ -71,19 +71,14 @@ def test_unusable_lines_have_reasons_and_an_empty_sentence_is_predicted(tmp_path
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (
-            '[{"id": 1, "sentence": "一"}]'.encode(),
-            r"test\.json: a JSON array; expected one ob",
-        ),
+        ('[{"id": 1, "sentence": "一"}]'.encode(), r"test\.json: a JSON array; expected one ob"),
         (b'[\n {"id": 1}\n]', r"test\.json: a JSON array"),
         ('{"id": 2, "sentence": "新闻"}'.encode("gbk"), "line 1: not UTF-8; convert.*iconv"),
         (b"\n \n", "the file has no rows"),
         (b'{"sentence": "a"}', 'line 1: no "id"; CLUE'),
     ],
 )
-def test_a_file_without_usable_rows_gives_one_message(
-    tmp_path: Path, content: bytes, message: str
-) -> None:
+def test_a_file_without_usable_rows_gives_one_message(tmp_path, content, message):
     (tmp_path / "test.json").write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_input_rows(tmp_path / "test.json", None, clue=True)

@@ -144,7 +144,7 @@ def sort_out(names: list[str], answers: list[Any], rejected: list[Any]) -> dict[
     """Return request -> outcome for documents with the number of their row."""
     outcomes: dict[str, Outcome] = {name: [] for name in names}
     for row, document in answers:
-        outcomes[names[row]].append(document)  # type: ignore[union-attr]
+        outcomes[names[row]].append(document)
     return outcomes | {names[row]: reason for row, reason in rejected}
 
 
@@ -304,9 +304,7 @@ def test_every_entry_answers_a_request_alike(entries: EntryPlace, name: str) -> 
         assert_equal(entries.joined[entry][name], expected, f"{entry}, joined")
 
 
-def test_every_entry_says_that_the_router_is_unsure(
-    entries: EntryPlace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_entry_says_that_the_router_is_unsure(entries, monkeypatch, capsys):
     opened = bundle.open_bundle(entries.model)
     doubt = "unsure between a and b; name the task"
     unsure = types.SimpleNamespace(route=lambda _: RoutedInput((), 0.4, doubt))

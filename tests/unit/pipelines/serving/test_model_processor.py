@@ -85,10 +85,7 @@ def test_unreadable_inputs_have_a_message(folder: Path, tmp_path: Path) -> None:
     assert len(model.encode_image([data.getvalue()])) == 1
     for call, words in (
         (lambda: model.encode_text("横"), "expected a list"),
-        (
-            lambda: model.encode_text([3], task="text_to_image"),
-            "input 0: expected a text, not int",
-        ),
+        (lambda: model.encode_text([3], task="text_to_image"), "input 0: expected a text, not int"),
         (lambda: model.encode_image([np.zeros((4, 4, 3))]), "input 0: pixels are float64"),
         (lambda: model.encode_audio([np.zeros(4)]), r"input 0: expected \(samples, rate"),
         (lambda: model.encode_audio([(np.zeros(0, "f"), 8000)]), "input 0: empty audio"),
@@ -114,9 +111,7 @@ def test_unreadable_inputs_have_a_message(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_saved", [False, True])
-def test_the_remedy_for_a_model_without_tokenizer_helps(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_saved: bool
-) -> None:
+def test_the_remedy_for_a_model_without_tokenizer_helps(folder, tmp_path, monkeypatch, is_saved):
     """A model that was built in Python, with a task of its own, follows its message."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SKILLNET_HOME", str(folder.parent))
@@ -206,13 +201,8 @@ RULES = [
 
 @pytest.mark.parametrize(("tasks", "method", "options", "rules"), RULES)
 def test_each_method_reads_or_refuses_each_kind_of_input(
-    tasks: tuple[str, ...],
-    method: str,
-    options: dict[str, str],
-    rules: dict[str, str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    tasks, method, options, rules, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (8, 8)).save("heart.png")
     Path("heart.txt").write_text("心", encoding="utf-8")
@@ -253,9 +243,7 @@ def test_each_method_reads_or_refuses_each_kind_of_input(
         (("image_to_video", "image_to_sound"), PredictionItem("a.png", data=b"png"), "several"),
     ],
 )
-def test_predictions_of_rows_do_not_guess_between_tasks(
-    tasks: tuple[str, ...], item: PredictionItem, expected: str
-) -> None:
+def test_predictions_of_rows_do_not_guess_between_tasks(tasks, item, expected):
     data = io.BytesIO()
     Image.new("RGB", (8, 8)).save(data, "PNG")
     predictor = model_of(*tasks).processor._predictor

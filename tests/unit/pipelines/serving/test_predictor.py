@@ -57,9 +57,7 @@ def predictor(
 
 
 @pytest.mark.parametrize("keywords", [False, True])
-def test_headings_have_keywords_if_training_used_them(
-    words: Any, tmp_path: Path, keywords: bool
-) -> None:
+def test_headings_have_keywords_if_training_used_them(words, tmp_path, keywords):
     place = tnews(tmp_path / "tnews", other=3)
     corpus = open_external_corpus("tnews", str(place), {"keywords": keywords})
     rows = [row for row in corpus.rows(SourceArchives.none()) if isinstance(row, dict)]
@@ -75,9 +73,7 @@ def test_headings_have_keywords_if_training_used_them(
     ("prepared", "expected_tokens"),
     [({}, 20), ({"max_caption_tokens": 7}, 7), ({"caption_tokens": 64}, 24)],
 )
-def test_queries_are_truncated_like_captions(
-    words: Any, prepared: dict[str, int], expected_tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_queries_are_truncated_like_captions(words, prepared, expected_tokens, monkeypatch):
     monkeypatch.setattr("pipelines.data.transforms.text.CAPTION_TOKENS", 20)
     tested = predictor(words, "text_to_image", prepared)
     tested.model.config.max_tokens = 24

@@ -26,7 +26,6 @@ from skillnet.skill_packages import pack_skills
 from skillnet_platform.storage import directories
 from tests.helpers.file_forms import draw_png
 from tests.helpers.hub_server import serve_hub
-from tests.helpers.object_store import ObjectStore
 from tests.helpers.processes import run_python
 from tests.helpers.served_place import ServedPlace, pack_shapes
 
@@ -46,9 +45,7 @@ def read(capsys: pytest.CaptureFixture[str]) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
-def test_an_added_task_predicts_and_a_removed_one_leaves_no_trace(
-    shelf: Path, model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_added_task_predicts_and_a_removed_one_leaves_no_trace(shelf, model, capsys):
     before = hashes(model)
     capsys.readouterr()
     assert commands.join_packages([f"shapes@{shelf}", "--to", str(model), "--json"]) == 0
@@ -80,13 +77,8 @@ def test_an_added_task_predicts_and_a_removed_one_leaves_no_trace(
 
 
 def test_old_tasks_are_proved_on_rows_of_the_corpora_at_hand(
-    shelf: Path,
-    place: ServedPlace,
-    model: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    shelf, place, model, tmp_path, capsys, monkeypatch
+):
     before = hashes(model)
     entries = bundle.check_bundle(model)["tasks"]
     data = Path(shutil.copytree(place.data, tmp_path / "corpora"))
@@ -160,9 +152,7 @@ print(json.dumps(said))
 """
 
 
-def test_packages_come_from_a_pinned_revision_of_the_hub(
-    shelf: Path, model: Path, tmp_path: Path
-) -> None:
+def test_packages_come_from_a_pinned_revision_of_the_hub(shelf, model, tmp_path):
     to, place = ["--to", str(model)], "hf:owner/skills@v1"
     content = (shelf / "shapes.skill").read_bytes()
     other = io.BytesIO()
@@ -225,13 +215,8 @@ def catalogue(shelf: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["folder", "store"])
 def test_a_catalogue_lists_its_packages_from_their_ends(
-    kind: str,
-    catalogue: Path,
-    model: Path,
-    object_store: ObjectStore,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    kind, catalogue, model, object_store, capsys, monkeypatch
+):
     place, taken = str(catalogue), []
     if kind == "store":
         place = f"{object_store.uri}/skills"
@@ -292,16 +277,12 @@ def test_a_catalogue_lists_its_packages_from_their_ends(
         (["s3://key:secret@host/x"], "may be a password"),
     ],
 )
-def test_a_place_that_is_no_catalogue_ends_with_one_sentence(
-    words: list[str], message: str, shelf: Path, model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_place_that_is_no_catalogue_ends_with_one_sentence(words, message, shelf, model, capsys):
     assert commands.print_skills([word.format(shelf=shelf, model=model) for word in words]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_directory_that_would_take_too_many_bytes_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_directory_that_would_take_too_many_bytes_is_refused(tmp_path, monkeypatch):
     """The central directory of a zip may be as long as its writer likes."""
     with zipfile.ZipFile(tmp_path / "wide.skill", "w") as archive:
         for number in range(2000):
@@ -323,13 +304,7 @@ def test_a_directory_that_would_take_too_many_bytes_is_refused(
         (["--to", "{model}"], "packages: give at least one"),
     ],
 )
-def test_a_wrong_argument_ends_with_one_sentence(
-    words: list[str],
-    message: str,
-    shelf: Path,
-    model: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_wrong_argument_ends_with_one_sentence(words, message, shelf, model, capsys):
     before = hashes(model)
     filled = [word.format(shelf=shelf, model=model) for word in words]
     assert commands.join_packages(filled) == 2
@@ -340,8 +315,8 @@ def test_a_wrong_argument_ends_with_one_sentence(
 
 
 def test_a_package_without_settings_for_predictions_joins_no_served_model(
-    shelf: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    shelf, model, tmp_path, capsys
+):
     pack_skills(shelf / "grown", ["shape"], tmp_path / "bare.skill", program="0.1.0")
     before = hashes(model)
     assert commands.join_packages([str(tmp_path / "bare.skill"), "--to", str(model)]) == 2
@@ -353,9 +328,7 @@ def test_a_package_without_settings_for_predictions_joins_no_served_model(
 
 
 @pytest.mark.integration
-def test_the_demo_of_packages_prints_what_the_readme_quotes(
-    place: ServedPlace, tmp_path: Path
-) -> None:
+def test_the_demo_of_packages_prints_what_the_readme_quotes(place, tmp_path):
     runs = tmp_path / "runs"
     shutil.copytree(place.bundle, runs / "quickstart-1")
     for package, task in (("stroke-count", "stroke_count"), ("radical", "radical")):

@@ -56,9 +56,7 @@ def test_members_of_a_compressed_tar_are_read_in_any_order(tmp_path: Path) -> No
     assert found == [b"\2" * 9, b"\4" * 9, b"\1" * 9, "not in its archive", b"\5" * 9]
 
 
-def test_next_block_continues_a_compressed_tar(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_next_block_continues_a_compressed_tar(tmp_path, monkeypatch):
     """Ten blocks of one archive decompress it once, and not ten times from its start."""
     path = tmp_path / "S0002.tar.gz"
     path.write_bytes(tarred({f"{n}.wav": os.urandom(900) for n in range(20)}))
@@ -91,9 +89,7 @@ def flooded(folder: Path) -> Path:
     return path
 
 
-def test_hostile_tar_rejects_its_rows_and_needs_no_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hostile_tar_rejects_its_rows_and_needs_no_memory(tmp_path, monkeypatch):
     path = flooded(tmp_path)
     monkeypatch.setattr(
         "pipelines.data.io.archive.TAR_LIMITS", ArchiveLimits(2**62, 2**62, 2**62, 2000)
@@ -147,7 +143,7 @@ def test_unreadable_media_state_their_reason(tmp_path: Path) -> None:
     ]
     (damaged,) = read(MediaRef(str(tmp_path / "cut.tar.gz"), member="a"))
     assert damaged == "the archive is cut short or damaged"
-    assert [x.reason for x in read_media(pa.array([None], MEDIA)) if x] == ["no media file"]  # type: ignore[union-attr]
+    assert [x.reason for x in read_media(pa.array([None], MEDIA)) if x] == ["no media file"]
 
 
 @pytest.fixture
@@ -177,9 +173,7 @@ def test_uris_are_read_like_paths(bucket: str) -> None:
 
 
 @pytest.mark.parametrize("member", [None, "m.wav"])
-def test_store_failure_rejects_no_row(
-    bucket: str, monkeypatch: pytest.MonkeyPatch, member: str | None
-) -> None:
+def test_store_failure_rejects_no_row(bucket, monkeypatch, member):
     """The store is asked again. Then preparation stops, and no row is rejected."""
     asked = []
 
@@ -217,9 +211,7 @@ def test_an_archive_that_is_a_pipe_or_a_device_costs_one_row(tmp_path: Path) -> 
         assert read(MediaRef(name, member="a.png")) == ["the archive is not a regular file"]
 
 
-def test_no_device_or_pipe_is_opened_ahead_of_need(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_device_or_pipe_is_opened_ahead_of_need(tmp_path, monkeypatch):
     """Opening a device can have an effect, such as that of a watchdog or a tape."""
     os.mkfifo(tmp_path / "pipe.png")
     opened: list[object] = []
@@ -227,7 +219,7 @@ def test_no_device_or_pipe_is_opened_ahead_of_need(
 
     def recording_open(path: object, *arguments: int, **options: int) -> int:
         opened.append(path)
-        return original(path, *arguments, **options)  # type: ignore[arg-type]
+        return original(path, *arguments, **options)
 
     monkeypatch.setattr(os, "open", recording_open)
     names = [str(tmp_path / "pipe.png"), "/dev/zero"] * (media.ADVISED_FILES + 1)

@@ -5,8 +5,6 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from pipelines.data.io import media
 from pipelines.data.io.media import MediaReadError, MediaRef, OrderedPrefetcher, read_media
 
@@ -89,9 +87,7 @@ def test_advice_ignores_missing_files_and_pipes(tmp_path: Path) -> None:
     media.advise_kernel(f"{tmp_path}/file", 2**62, 2**62)
 
 
-def test_files_and_objects_in_one_block_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_and_objects_in_one_block_are_read(tmp_path, monkeypatch):
     import fsspec
 
     store = fsspec.filesystem("memory")

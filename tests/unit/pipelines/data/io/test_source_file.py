@@ -26,7 +26,6 @@ from tests.helpers import user_corpora
 from tests.helpers.archive_files import tarred
 from tests.helpers.corpus_rows import read, sizes
 from tests.helpers.flaky_store import reads_fail
-from tests.helpers.object_store import ObjectStore
 
 ROWS = [{"text": f"第{n}条新闻，其余是{'很长的话' * 40}", "label": str(n % 3)} for n in range(60)]
 
@@ -86,9 +85,7 @@ def test_long_outage_is_not_a_bad_row(name: str, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_reading_tars_resumes_after_an_outage(
-    tmp_path: Path, packed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reading_tars_resumes_after_an_outage(tmp_path, packed, monkeypatch):
     name = "all.tar.gz" if packed else "train-000000.tar"
     folder = user_corpora.webdataset(tmp_path)
     data = (folder / "train-000000.tar").read_bytes()
@@ -104,9 +101,7 @@ def test_reading_tars_resumes_after_an_outage(
         read(corpus)
 
 
-def test_speaker_archive_waits_for_its_store(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_speaker_archive_waits_for_its_store(tmp_path, monkeypatch):
     folder = user_corpora.aishell1(tmp_path)
     fsspec.filesystem("memory").put(str(folder), "/source-files/aishell", recursive=True)
     corpus = open_external_corpus("aishell1", "memory://source-files/aishell")
@@ -118,9 +113,7 @@ def test_speaker_archive_waits_for_its_store(
         read(corpus)
 
 
-def test_unavailable_store_is_reported_to_the_driver(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unavailable_store_is_reported_to_the_driver(tmp_path, monkeypatch):
     """The error is a unit of work, because Ray would wrap the exception."""
     monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "0.1")
     corpus = open_external_corpus("mine", f"folder:{put('rows.jsonl', lines(ROWS)).uri}")
@@ -215,9 +208,7 @@ def test_one_truncated_tar_of_many_is_allowed(tmp_path: Path) -> None:
     assert found.truncation_error(0.08)
 
 
-def test_unavailable_bucket_gives_one_message(
-    object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unavailable_bucket_gives_one_message(object_store, monkeypatch):
     """Finding, listing and reading retry and then give one message for any client error."""
     directories.write_bytes(f"{object_store.uri}/away/rows.jsonl", lines(ROWS))
     place = SourceDirectory(f"{object_store.uri}/away")

@@ -52,7 +52,7 @@ def read(
     corpus.given = tuple(rows)
     *blocks, summary = read_blocks(corpus, SourceArchives(folder, ()), folder / "rejected")
     lines = (folder / "rejected").read_text(encoding="utf-8").splitlines()
-    return blocks, summary, [json.loads(line) for line in lines]  # type: ignore[return-value]
+    return blocks, summary, [json.loads(line) for line in lines]
 
 
 def test_all_blocks_but_the_last_of_a_split_are_full(tmp_path: Path) -> None:

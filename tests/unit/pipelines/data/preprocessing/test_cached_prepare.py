@@ -40,7 +40,7 @@ def deaf(corpus: ExternalCorpus) -> ExternalCorpus:
     def rows(*_: object) -> Callable[..., None]:
         raise AssertionError("a row is read")
 
-    corpus.rows = corpus._read_transcripts = rows  # type: ignore[method-assign, attr-defined]
+    corpus.rows = corpus._read_transcripts = rows
     return corpus
 
 
@@ -77,9 +77,7 @@ def test_labels_of_other_options_are_not_reused(place: str, tmp_path: Path) -> N
     assert corpus.facts() == {key: before[key] for key in corpus.facts()}
 
 
-def test_unread_files_and_numbers_as_labels_are_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unread_files_and_numbers_as_labels_are_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cluster, "ensure_ray", no_ray)
     rows = [{"file_name": f"{n}.jpg", "label": n / 10} for n in range(10)] * 4
     user_corpora.write_lines(tmp_path / "given" / "metadata.jsonl", rows)

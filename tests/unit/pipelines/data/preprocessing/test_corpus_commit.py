@@ -72,8 +72,8 @@ def digest_of(corpus: Path) -> str | None:
 @pytest.mark.parametrize("replaces", [True, False], ids=["replaces", "is first"])
 @pytest.mark.parametrize("can_exchange", [True, False], ids=["exchange", "two renames"])
 def test_a_commit_killed_at_any_event_loses_nothing_and_resumes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool, replaces: bool
-) -> None:
+    tmp_path, monkeypatch, can_exchange, replaces
+):
     if not can_exchange:
         monkeypatch.setattr(commit, "exchange_paths", lambda one, other: False)
     number = 1

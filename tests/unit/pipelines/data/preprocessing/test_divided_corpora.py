@@ -5,7 +5,6 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +103,7 @@ def divide_by(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
 
 
 @pytest.mark.parametrize("write", [hostile_lines, row_groups, files_of_splits])
-def test_a_corpus_does_not_depend_on_the_number_of_its_parts(
-    write: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_corpus_does_not_depend_on_the_number_of_its_parts(write, tmp_path, monkeypatch):
     """Rows, keys, numbers in messages, splits, labels, shards and the manifest are equal."""
     # Some rows are too long, and long rows fill blocks.
     monkeypatch.setattr(base, "MAX_TEXT_LENGTH", 28)
@@ -135,9 +132,7 @@ def test_a_corpus_does_not_depend_on_the_number_of_its_parts(
     assert named == ["class 0", "class 1", "class 2"]
 
 
-def test_processes_prepare_what_the_driver_prepares(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processes_prepare_what_the_driver_prepares(tmp_path, monkeypatch):
     """A script without a guard runs once, and neither it nor its processes load Ray or torch."""
     (tmp_path / "given").mkdir()
     place = f"folder:{hostile_lines(tmp_path / 'given')}"
@@ -175,9 +170,7 @@ assert "concurrent.futures.process" in sys.modules and starts == [1, 1]
     assert content_of(tmp_path / "apart" / "mine") == content_of(tmp_path / "alone" / "mine")
 
 
-def test_a_process_that_always_dies_ends_the_run_with_one_message(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_process_that_always_dies_ends_the_run_with_one_message(monkeypatch):
     monkeypatch.setattr(local_tasks, "MAX_ENDS", 2)
     with LocalTasks(2) as tasks:
         started = tasks.readers().submit(os._exit, 1)
@@ -186,9 +179,7 @@ def test_a_process_that_always_dies_ends_the_run_with_one_message(
 
 
 @pytest.mark.parametrize("limit", ["MAX_LINE_BYTES", "MAX_EMPTY_LINES"])
-def test_parts_after_the_end_of_a_truncated_file_are_not_read(
-    limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parts_after_the_end_of_a_truncated_file_are_not_read(limit, tmp_path, monkeypatch):
     choose = random.Random(3)  # noqa: S311
     lines = [json.dumps(make_row(n, choose)) + "\n" for n in range(90)]
     lines[40] = json.dumps({"text": "x" * 5_000}) + "\n" if limit == "MAX_LINE_BYTES" else "\n" * 99
@@ -226,8 +217,8 @@ def test_parts_after_the_end_of_a_truncated_file_are_not_read(
     ],
 )
 def test_only_files_with_known_ends_of_rows_are_divided(
-    name: str, content: bytes, parts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    name, content, parts, tmp_path, monkeypatch
+):
     divide_by(monkeypatch, 90)
     (tmp_path / name).write_bytes(content)
     source = SourceDirectory(str(tmp_path))
@@ -238,9 +229,7 @@ def test_only_files_with_known_ends_of_rows_are_divided(
         assert divided == list(read_records(source, name))
 
 
-def test_a_file_with_a_part_beyond_memory_is_read_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_with_a_part_beyond_memory_is_read_whole(tmp_path, monkeypatch):
     divide_by(monkeypatch, 90)
     monkeypatch.setattr(record_reader, "MAX_PART_BYTES", 1_000)
     (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n' * 50 + b' {"a": 1}\n' * 200)
@@ -296,9 +285,7 @@ def test_ray_prepares_media_stores_and_clusters(monkeypatch: pytest.MonkeyPatch)
     assert not needs_no_ray([Made()], None)
 
 
-def test_a_part_reports_rejected_rows_with_their_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_part_reports_rejected_rows_with_their_place(tmp_path, monkeypatch):
     divide_by(monkeypatch, 200)
     corpus = open_external_corpus("mine", f"folder:{hostile_lines(tmp_path)}")
     rejected = [row for row in corpus.rows(NONE) if isinstance(row, RejectedRow)]

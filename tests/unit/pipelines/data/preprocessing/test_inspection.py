@@ -92,9 +92,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     free.set()
 
 
-def test_endless_listing_is_interrupted(
-    tmp_path: Path, impatient: threading.Event, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_endless_listing_is_interrupted(tmp_path, impatient, monkeypatch):
     folder = user_corpora.vatex(tmp_path)
 
     def walk(
@@ -110,9 +108,7 @@ def test_endless_listing_is_interrupted(
     inspection.show_inspection(found)
 
 
-def test_time_limit_is_checked_at_every_row(
-    poems: Path, impatient: threading.Event, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_time_limit_is_checked_at_every_row(poems, impatient, monkeypatch):
     lines = SourceDirectory.lines
 
     def slow(self: SourceDirectory, relative: str = "") -> Iterator[tuple[int, bytes]]:
@@ -134,9 +130,7 @@ def test_reader_error_is_raised(poems: Path, monkeypatch: pytest.MonkeyPatch) ->
         inspection.inspect_corpus(f"poems:{poems}")
 
 
-def test_third_party_reader_is_found_by_name(
-    poems: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_third_party_reader_is_found_by_name(poems, capsys):
     found = inspection.inspect_corpus(f"poems:{poems}", {"poems": {"verses": 1}})
     assert (found["reader"], found["evidence"], found["rows"]) == ("poems", "named", 12)
     assert found["example"]["text"] == "白日依山尽0"
@@ -153,9 +147,7 @@ def test_options_of_another_reader_are_rejected(tmp_path: Path, words: dict[str,
         inspection.inspect_corpus(str(folder), words)
 
 
-def test_numbers_as_labels_and_unread_files_are_reported(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_numbers_as_labels_and_unread_files_are_reported(tmp_path, capsys):
     labels = ["1", "1.0", "0.0", "0.5"] * 5
     rows = [{"file_name": f"{n}.jpg", "label": label} for n, label in enumerate(labels)]
     user_corpora.write_lines(tmp_path / "metadata.jsonl", rows)
@@ -172,9 +164,7 @@ def test_numbers_as_labels_and_unread_files_are_reported(
     assert "regression" in printed.err
 
 
-def test_command_keeps_the_given_options(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_keeps_the_given_options(tmp_path, capsys):
     folder = user_corpora.tnews(tmp_path / "with space")
     options = ["--options.tnews.keywords", "true", "--options.tnews.max_tokens", "64"]
     assert inspect.main([str(folder), *options]) == 0
@@ -198,9 +188,7 @@ def test_two_directories_get_two_names(tmp_path: Path, folder: str, name: str) -
     corpora.open_external_corpus(name, f"{reader}:{path}", {"text": "text"})
 
 
-def test_no_command_is_suggested_if_every_row_would_be_rejected(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_command_is_suggested_if_every_row_would_be_rejected(tmp_path, capsys):
     missing = [{"file_name": f"{number}.jpg", "text": "一"} for number in range(3)]
     user_corpora.write_lines(tmp_path / "missing" / "metadata.jsonl", missing)
     (tmp_path / "missing" / "images.zip").write_bytes(b"PK")
@@ -216,9 +204,7 @@ def test_no_command_is_suggested_if_every_row_would_be_rejected(
         assert ("images.zip: unpack them" in " ".join(shown.out.split())) == (name == "missing")
 
 
-def test_damaged_rows_above_the_limit_and_duplicates_are_counted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_rows_above_the_limit_and_duplicates_are_counted(tmp_path, capsys):
     rows = [{"text": f"文{number % 6}", "label": "ab"[number % 2]} for number in range(8)]
     user_corpora.write_lines(tmp_path / "train.jsonl", [*rows, {"text": "", "label": "a"}])
     assert inspect.main([str(tmp_path)]) == 0
@@ -261,9 +247,7 @@ def write_split_texts(folder: Path, test: list[tuple[str, str]]) -> Path:
     return folder
 
 
-def test_rows_of_the_training_in_a_test_are_reported(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_of_the_training_in_a_test_are_reported(tmp_path, capsys, monkeypatch):
     """Equal texts under another label, and equal media files under another name."""
     monkeypatch.setenv("COLUMNS", "400")
     test = [("text 7", "b"), ("text 1499", "a"), ("unseen", "a")]
@@ -289,9 +273,7 @@ def test_rows_of_the_training_in_a_test_are_reported(
         ([("one", "a"), ("two", "b")], ""),
     ],
 )
-def test_a_test_of_one_class_is_reported(
-    tmp_path: Path, test: list[tuple[str, str]], sentence: str
-) -> None:
+def test_a_test_of_one_class_is_reported(tmp_path, test, sentence):
     warnings = inspection.inspect_corpus(str(write_split_texts(tmp_path, test)))["warnings"]
     assert sentence in " ".join(warnings)
     assert bool(warnings) == bool(sentence)
@@ -304,9 +286,7 @@ def test_one_class_is_reported(tmp_path: Path) -> None:
     assert said.startswith("one class, 'only': every answer is right")
 
 
-def test_all_rows_count_and_not_the_first_thousand(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_rows_count_and_not_the_first_thousand(tmp_path, capsys):
     """Rows are sorted by class, so the first thousand hold two of ten."""
     rows = [{"text": f"text {n}", "label": str(n // 500)} for n in range(5000)]
     user_corpora.write_lines(tmp_path / "rows.jsonl", rows)
@@ -336,4 +316,4 @@ def test_options_in_examples_exist(command: Any, capsys: pytest.CaptureFixture[s
     assert keys
     for reader, key in keys:
         found = corpora._find_class(reader if reader in corpora.list_formats() else "folder")
-        assert key in {option.name for option in dataclasses.fields(found.Options)}  # type: ignore[attr-defined]
+        assert key in {option.name for option in dataclasses.fields(found.Options)}

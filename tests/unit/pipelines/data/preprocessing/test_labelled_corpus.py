@@ -3,7 +3,6 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -81,9 +80,7 @@ def test_equal_rules_give_equal_bytes(data: Path) -> None:
         ("[a-c]", [0, 3], ["3 or more", "2", "0"]),
     ],
 )
-def test_a_label_is_a_group_a_match_or_a_count(
-    pattern: str, count: list[int] | None, found: list[str | None]
-) -> None:
+def test_a_label_is_a_group_a_match_or_a_count(pattern, count, found):
     assert find_labels(["abc", "ab1", ""], pattern, count) == found
 
 
@@ -142,14 +139,7 @@ def test_counts_are_ordered_by_number(data: Path) -> None:
         ({"column": "captions", "patern": "^."}, "options.a: unknown key 'patern'"),
     ],
 )
-def test_a_wrong_rule_has_one_message(
-    rule: dict[str, Any],
-    message: str,
-    data: Path,
-    tmp_path: Path,
-    run_root: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_wrong_rule_has_one_message(rule, message, data, tmp_path, run_root, capsys):
     file = tmp_path / "rule.yaml"
     file.write_text(yaml.safe_dump({"corpus": {"a": "labels:strokes"}, "options": {"a": rule}}))
     assert prepare.main(["--data", str(data), "--config", str(file)]) == 2
@@ -166,9 +156,7 @@ def test_a_wrong_rule_has_one_message(
         ("b=labels:shapes", "shapes is made from drawings"),
     ],
 )
-def test_a_wrong_source_has_one_message(
-    corpus: str, message: str, data: Path, run_root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_wrong_source_has_one_message(corpus, message, data, run_root, capsys):
     write_labelled_corpus("shapes", "drawings", SHAPES, data)
     (data / "full").mkdir(exist_ok=True)
     (data / "full" / "notes.txt").write_text("mine")
@@ -178,9 +166,7 @@ def test_a_wrong_source_has_one_message(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_labels_are_not_written_to_a_store(
-    run_root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_labels_are_not_written_to_a_store(run_root, capsys):
     given = ["--corpus", "a=labels:strokes", "--options.a.column", "captions"]
     assert prepare.main(["--data", "s3://a/b", *given]) == 2
     assert "labels:CORPUS writes to a directory only" in " ".join(capsys.readouterr().err.split())
@@ -194,17 +180,12 @@ def test_a_pattern_that_backtracks_is_stopped(data: Path, monkeypatch: pytest.Mo
     assert not (data / "a").exists()
 
 
-def test_two_tasks_train_with_folds_and_verify_traces_their_rows(
-    data: Path, run_root: Path
-) -> None:
+def test_two_tasks_train_with_folds_and_verify_traces_their_rows(data, run_root):
     write_labelled_corpus(
         "first_stroke", "strokes", LabelRule("captions", "^.", other="none"), data
     )
     write_labelled_corpus("shapes", "drawings", SHAPES, data)
-    tasks = {
-        "first_stroke": ("first_stroke", "video"),
-        "shape": ("shapes", "image"),
-    }
+    tasks = {"first_stroke": ("first_stroke", "video"), "shape": ("shapes", "image")}
     options: dict[str, object] = {
         key: value for key, value in SMALL_RUN.items() if not key.startswith("tasks.")
     }

@@ -33,9 +33,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_labelled_corpora(tmp_path_factory.mktemp("paired") / "corpora")
 
 
-def test_a_pair_is_prepared_searched_and_exported(
-    data: Path, tmp_path: Path, run_root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_pair_is_prepared_searched_and_exported(data, tmp_path, run_root, capsys):
     # One sound for the three drawings of a group.
     change_corpus(data / "syllables", lambda _, table: table.take(list(range(0, len(table), 3))))
     given = ["--pair", "both=drawings+syllables", "--data", str(data)]
@@ -94,13 +92,7 @@ def test_a_pair_is_prepared_searched_and_exported(
         (["--data", "s3://a/b", "--pair", "a=x+y"], "--pair writes to a directory only"),
     ],
 )
-def test_a_wrong_pair_has_one_message(
-    arguments: list[str],
-    message: str,
-    data: Path,
-    run_root: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_wrong_pair_has_one_message(arguments, message, data, run_root, capsys):
     (data / "full").mkdir(exist_ok=True)
     (data / "full" / "notes.txt").write_text("mine")
     assert prepare.main(["--data", str(data), *arguments]) == 2
@@ -128,9 +120,7 @@ def test_settings_of_a_medium_come_from_its_corpus(tmp_path: Path) -> None:
         assert {key: found[key] for key in wanted} == wanted
 
 
-def test_partners_in_another_split_are_reported(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_partners_in_another_split_are_reported(tmp_path, capsys):
     folder = write_labelled_corpora(tmp_path / "corpora")
     others = {"train": ["a", "b", "c"], "validation": ["d"], "test": ["e"]}
 

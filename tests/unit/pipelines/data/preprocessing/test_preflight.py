@@ -77,9 +77,7 @@ def test_a_usable_corpus_reaches_ray(tmp_path: Path, capsys: Any) -> None:
     assert not (tmp_path / "data" / "mine.rejected.jsonl").exists()
 
 
-def test_a_corpus_of_many_rows_is_checked_while_it_is_prepared(
-    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_corpus_of_many_rows_is_checked_while_it_is_prepared(tmp_path, capsys, monkeypatch):
     """The first rows can all be bad: they lie close together."""
     write_images(tmp_path / "mine", 40, None)
     words = [f"--corpus=mine=folder:{tmp_path / 'mine'}", "--data", str(tmp_path / "data")]

@@ -39,9 +39,7 @@ def init(*words: str, capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("corpus", MODALITY)
-def test_the_file_of_a_prepared_corpus_trains_its_task_and_no_other(
-    corpus: str, data: Path, run_root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_file_of_a_prepared_corpus_trains_its_task_and_no_other(corpus, data, run_root, capsys):
     written = init(str(data / corpus), "--name", "mine", "--file", "mine.yaml", capsys=capsys)
     assert written["task"] == "mine"
     words = ["--config", "small", "--config", "mine.yaml", *SMALL]
@@ -51,9 +49,7 @@ def test_the_file_of_a_prepared_corpus_trains_its_task_and_no_other(
     assert train_model(ResolvedRun(run.config)).step == 2
 
 
-def test_outputs_and_sizes_follow_the_manifest(
-    data: Path, tmp_path: Path, run_root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_outputs_and_sizes_follow_the_manifest(data, tmp_path, run_root, capsys):
     copied = tmp_path / "corpora" / "headings"
     shutil.copytree(data / "headings", copied)
     labels = [f"class {number}" for number in range(33)]
@@ -67,9 +63,7 @@ def test_outputs_and_sizes_follow_the_manifest(
     validate_run(run)
 
 
-def test_the_file_of_own_pictures_names_the_command_that_prepares_them(
-    tmp_path: Path, run_root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_file_of_own_pictures_names_the_command_that_prepares_them(tmp_path, run_root, capsys):
     random = np.random.default_rng(0)
     for name in ("cats", "dogs"):
         (tmp_path / "pets" / name).mkdir(parents=True)
@@ -90,9 +84,7 @@ def test_the_file_of_own_pictures_names_the_command_that_prepares_them(
     assert "pets.yaml: exists already" in capsys.readouterr().err
 
 
-def test_rows_without_annotations_are_pretrained(
-    data: Path, tmp_path: Path, run_root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rows_without_annotations_are_pretrained(data, tmp_path, run_root, capsys):
     (tmp_path / "lines").mkdir()
     rows = [json.dumps({"text": f"第{number}行"}) for number in range(20)]
     (tmp_path / "lines" / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
@@ -103,14 +95,12 @@ def test_rows_without_annotations_are_pretrained(
     assert init_task.main([str(tmp_path / "none")]) == 2
 
 
-def test_options_of_the_reader_decide_the_task(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_options_of_the_reader_decide_the_task(data, tmp_path, capsys):
     rows = [{"text": f"text {n}", "stars": n % 5} for n in range(20)]
     user_corpora.write_lines(tmp_path / "films" / "rows.jsonl", rows)
     words = ["--options.folder.label", "stars", "--options.folder.task", "values"]
     made = init(str(tmp_path / "films"), *words, capsys=capsys)
     assert made["objective"] == "regression"
-    assert "--options.films.task values" in made["commands"][0]  # type: ignore[index]
+    assert "--options.films.task values" in made["commands"][0]
     assert init_task.main([str(data / "headings"), *words]) == 2
     assert "is prepared already" in capsys.readouterr().err

@@ -15,8 +15,8 @@ from tests.helpers import user_corpora
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer.manifest.json"])
 def test_a_kill_between_the_files_of_a_tokenizer_leaves_no_orphan(
-    file: str, run_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    file, run_root, tmp_path, monkeypatch
+):
     user_corpora.tnews(tmp_path / "tnews", train=15, other=5)
     words = ["--corpus", f"tnews={tmp_path / 'tnews'}"]
 

@@ -145,7 +145,7 @@ def test_training_and_evaluation_read_the_splits_of_the_fold(data: Path) -> None
     assert dataset.num_rows == fold.splits["train"].rows
     rows = np.arange(dataset.num_rows)
     dataset.shard_table.open()
-    stored = dataset.shard_table.column("pixels").take(rows)  # type: ignore[union-attr, call-arg]
+    stored = dataset.shard_table.column("pixels").take(rows)
     whole = open_corpus(data / "drawings")
     expected = {
         key: pixels

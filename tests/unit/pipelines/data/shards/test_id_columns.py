@@ -21,12 +21,7 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.storage import sha256_file
 from tests.helpers.exchanged_files import overwrite_offsets, overwrite_values
 from tests.helpers.prepared_corpora import change_corpus
-from tests.helpers.small_corpora import (
-    VOCABULARY,
-    small_config,
-    small_pretraining,
-    write_corpora,
-)
+from tests.helpers.small_corpora import VOCABULARY, small_config, small_pretraining, write_corpora
 
 #: Corpus, id column, and the first id after its range: 15 labels, 61 symbols after the blank.
 COLUMNS = [
@@ -87,8 +82,8 @@ def with_id(value: int, row: int = ROW) -> Callable[[pa.Array], pa.Array]:
 @pytest.mark.parametrize("below", [True, False])
 @pytest.mark.parametrize(("name", "column", "stop"), COLUMNS)
 def test_an_id_outside_the_manifests_range_is_rejected_when_its_shard_opens(
-    data: Path, name: str, column: str, stop: int, below: bool
-) -> None:
+    data, name, column, stop, below
+):
     first = 1 if column == "symbols" else 0
     value = first - 1 if below else stop
     path = rewrite_shard(data / name, column, with_id(value))
@@ -107,9 +102,7 @@ def test_an_id_outside_the_manifests_range_is_rejected_when_its_shard_opens(
 
 
 @pytest.mark.parametrize(("name", "column", "stop"), COLUMNS)
-def test_an_id_outside_the_models_range_is_rejected_before_a_batch(
-    data: Path, name: str, column: str, stop: int
-) -> None:
+def test_an_id_outside_the_models_range_is_rejected_before_a_batch(data, name, column, stop):
     """A manifest that declares no size, or a larger one, does not decide what the model holds."""
     path = rewrite_shard(data / name, column, with_id(stop))
 
@@ -197,9 +190,7 @@ CELLS = {
 
 @pytest.mark.parametrize("value", [0, -(2**31), 8, 2**31 - 1])
 @pytest.mark.parametrize("column", CELLS)
-def test_ids_that_change_in_the_mapped_file_are_rejected_in_the_copy(
-    tmp_path: Path, column: str, value: int
-) -> None:
+def test_ids_that_change_in_the_mapped_file_are_rejected_in_the_copy(tmp_path, column, value):
     cell, kind = CELLS[column]
     path = tmp_path / "x.arrow"
     write_shard(pa.table({column: pa.array([cell] * 5, kind)}), path)
@@ -214,9 +205,7 @@ def test_ids_that_change_in_the_mapped_file_are_rejected_in_the_copy(
 
 @pytest.mark.parametrize("value", [-1, 2**31 - 1])
 @pytest.mark.parametrize(("name", "column", "stop"), COLUMNS)
-def test_a_shard_that_changes_after_its_check_reaches_no_kernel(
-    data: Path, name: str, column: str, stop: int, value: int
-) -> None:
+def test_a_shard_that_changes_after_its_check_reaches_no_kernel(data, name, column, stop, value):
     loaders = [ResolvedRun(make(data)).dataloader for make in (small_config, small_pretraining)]
     overwrite_values(data / name / "train-00001.arrow", column, value)
     message = rf"{name}/.*train: column '{column}': the id {value} is outside"
@@ -229,9 +218,7 @@ def test_a_shard_that_changes_after_its_check_reaches_no_kernel(
 
 @pytest.mark.parametrize("value", [-1, 2**31 - 1, 2**20])
 @pytest.mark.parametrize("column", ["symbols", "caption_tokens", "key", "tokens"])
-def test_offsets_that_change_in_the_mapped_file_are_not_followed(
-    data: Path, column: str, value: int
-) -> None:
+def test_offsets_that_change_in_the_mapped_file_are_not_followed(data, column, value):
     name = {"symbols": "syllables", "tokens": "headings"}.get(column, "drawings")
     loader = ResolvedRun(small_config(data)).dataloader
     split = open_corpus(data / name).splits["train"]

@@ -89,14 +89,7 @@ def windowed(data: Path | str, corpus: str, shuffle_gb: float) -> FinetuneConfig
 
 
 @pytest.mark.parametrize("corpus", ["drawings", "syllables", "functions"])
-def test_corpus_larger_than_the_cache_is_read(
-    bucket: str,
-    data: Path,
-    corpus: str,
-    run_root: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_corpus_larger_than_the_cache_is_read(bucket, data, corpus, run_root, capsys, monkeypatch):
     """Read three epochs in windows of two of six shards; the cache holds at most five."""
     split = open_corpus(data / corpus).splits["train"]
     shard = max(entry["bytes"] for entry in split.shards) / GB
@@ -120,9 +113,7 @@ def test_corpus_larger_than_the_cache_is_read(
     same(local, ResolvedRun(windowed(bucket, corpus, 2.1 * shard)).dataloader, range(17, 19))
 
 
-def test_too_small_cache_is_rejected_before_the_start(
-    bucket: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_small_cache_is_rejected_before_the_start(bucket, monkeypatch):
     monkeypatch.setenv("SKILLNET_CACHE_GB", "1e-5")
     said = r"SKILLNET_CACHE_GB.*or lower training.shuffle_gb \(4.0\)"
     with pytest.raises(UserError, match=said):
@@ -138,9 +129,7 @@ def test_completely_shuffled_corpus_keeps_its_order(data: Path) -> None:
     same(before, ResolvedRun(config).dataloader, range(8))
 
 
-def test_damaged_remote_shard_is_reported(
-    object_store: ObjectStore, data: Path, run_root: Path
-) -> None:
+def test_damaged_remote_shard_is_reported(object_store, data, run_root):
     place = f"{object_store.uri}/drawings"
     directories.put_directory(data / "drawings", place)
     shard = open_corpus(place).splits["train"].shards[0]["file"]
@@ -163,9 +152,7 @@ def test_damaged_remote_shard_is_reported(
         open_corpus(f"{object_store.uri}/nothing")
 
 
-def test_manifest_cannot_lead_out_of_the_cache(
-    object_store: ObjectStore, tmp_path: Path, data: Path, run_root: Path
-) -> None:
+def test_manifest_cannot_lead_out_of_the_cache(object_store, tmp_path, data, run_root):
     folder = tmp_path / "evil"
     shutil.copytree(data / "headings", folder)
 

@@ -35,9 +35,7 @@ PIXELS = np.arange(5 * 12, dtype=np.uint8).reshape(5, 12)
         ("sound", "log_mel", ragged([2, 1, 3, 1, 2], 4)),
     ],
 )
-def test_rows_with_equal_inputs_are_counted_between_splits(
-    modality: str, column: str, values: pa.Array, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_with_equal_inputs_are_counted_between_splits(modality, column, values, monkeypatch):
     """The second and fourth row of the first shards come again, under another label and key."""
     train = pa.table({column: values, "label": pa.array(range(5), pa.int32())})
     test = pa.table({column: values, "label": pa.array([9] * 5, pa.int32())}).take([3, 1, 3])

@@ -190,9 +190,7 @@ def test_directory_without_a_manifest_is_not_a_corpus(corpus: Path) -> None:
         ("nothing", "missing. Run `skillnet prepare --corpus NAME=PATH` for your own files. Prep"),
     ],
 )
-def test_the_remedy_for_a_missing_corpus_has_no_typing_error(
-    corpus: Path, name: str, remedy: str
-) -> None:
+def test_the_remedy_for_a_missing_corpus_has_no_typing_error(corpus, name, remedy):
     with pytest.raises(UserError) as caught:
         open_corpus(corpus.with_name(name))
     assert remedy in str(caught.value)

@@ -56,9 +56,7 @@ def with_pattern(text: str, part: str, pattern: str) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("children")
 @pytest.mark.parametrize("pattern", COSTLY)
-def test_a_costly_pattern_is_an_error_of_its_text(
-    text: str, pattern: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_costly_pattern_is_an_error_of_its_text(text, pattern, monkeypatch):
     part = "normalizer" if "#" in pattern else "pre_tokenizer"
     made = parse_tokenizer(with_pattern(text, part, pattern))
     (honest,) = encode_texts(made, ["红 read 1"], 9).to_pylist()
@@ -89,17 +87,13 @@ def test_ids_are_those_of_the_library(text: str, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.usefixtures("children")
-def test_a_pattern_that_the_library_rejects_is_an_error_when_the_tokenizer_is_read(
-    text: str,
-) -> None:
+def test_a_pattern_that_the_library_rejects_is_an_error_when_the_tokenizer_is_read(text):
     with pytest.raises(ValueError, match=r"[Rr]egex|group|parenthesis"):
         parse_tokenizer(with_pattern(text, "pre_tokenizer", "(a"))
 
 
 @pytest.mark.parametrize("pattern", sorted(KNOWN_PATTERNS))
-def test_known_patterns_need_no_child(
-    text: str, pattern: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_known_patterns_need_no_child(text, pattern, monkeypatch):
     def forbid(*_: object, **__: object) -> None:
         raise AssertionError("a child process")
 

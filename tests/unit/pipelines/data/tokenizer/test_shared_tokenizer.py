@@ -37,9 +37,7 @@ def put(uri: str, tokenizer: Path, *corpora: str) -> None:
 
 
 @pytest.mark.parametrize("lesson", ["their own", selection.LEARN])
-def test_tokenizer_of_a_stores_corpora_is_not_replaced(
-    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lesson: str
-) -> None:
+def test_tokenizer_of_a_stores_corpora_is_not_replaced(uri, tmp_path, monkeypatch, lesson):
     put(uri, learnt(tmp_path / "before.json", "苹果和梨"), "headlines", "functions")
     before = directories.read_bytes(f"{uri}/{TOKENIZER}")
     if lesson != selection.LEARN:
@@ -71,9 +69,7 @@ def test_tokenizer_of_the_store_replaces_a_local_leftover(uri: str, tmp_path: Pa
     assert directories.read_bytes(f"{uri}/{TOKENIZER}") == new.read_bytes()
 
 
-def test_shared_files_are_uploaded_once(
-    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shared_files_are_uploaded_once(uri, tmp_path, monkeypatch):
     sent: list[str] = []
     put_file = directories.put_file
     monkeypatch.setattr(

@@ -76,9 +76,7 @@ def test_known_texts_are_tokenized_as_before(adopted: tuple[Tokenizer, Tokenizer
 
 
 @pytest.mark.parametrize("strange", STRANGE)
-def test_nothing_is_unknown_and_different_characters_stay_different(
-    adopted: tuple[Tokenizer, Tokenizer], strange: str
-) -> None:
+def test_nothing_is_unknown_and_different_characters_stay_different(adopted, strange):
     _, made = adopted
     ids, other = text.encode_texts(made, [strange, strange[:-1] + "齾"], 64).to_pylist()
     assert ids
@@ -120,9 +118,7 @@ def test_small_vocabulary_keeps_the_most_frequent_characters() -> None:
 
 
 @pytest.mark.parametrize("file", ["vocab.txt", "spiece.model", "tokenizer_config.json"])
-def test_a_directory_without_tokenizer_json_reaches_no_library(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
-) -> None:
+def test_a_directory_without_tokenizer_json_reaches_no_library(tmp_path, monkeypatch, file):
     monkeypatch.setitem(sys.modules, "transformers", None)
     (tmp_path / file).write_text('{"tokenizer_class": "BertTokenizer", "vocab": "x"}')
     with pytest.raises(UserError, match=r"it has no tokenizer\.json"):
@@ -137,9 +133,7 @@ def test_a_directory_without_tokenizer_json_reaches_no_library(
         ("folder/x.txt", "x", r"folder: it has no tokenizer\.json; .*save_pretrained"),
     ],
 )
-def test_invalid_tokenizer_is_reported(
-    tmp_path: Path, name: str, content: str | None, message: str
-) -> None:
+def test_invalid_tokenizer_is_reported(tmp_path, name, content, message):
     path = tmp_path / name
     if content is not None:
         path.parent.mkdir(exist_ok=True)

@@ -45,9 +45,7 @@ def test_lock_is_shared_for_use_and_exclusive_for_replacement(tmp_path: Path) ->
 
 @pytest.mark.parametrize("there", [True, False])
 @pytest.mark.parametrize("lesson", ["their own", selection.LEARN])
-def test_prepare_does_not_replace_a_tokenizer_in_use(
-    tmp_path: Path, no_ray: None, there: bool, lesson: str
-) -> None:
+def test_prepare_does_not_replace_a_tokenizer_in_use(tmp_path, no_ray, there, lesson):
     data = tmp_path / "data"
     data.mkdir()
     if there:
@@ -94,9 +92,7 @@ def test_data_path_that_is_a_file_is_rejected(tmp_path: Path, no_ray: None) -> N
         preparing.prepare(["drawings"], tmp_path / "data", tmp_path)
 
 
-def test_unused_trained_tokenizer_is_a_leftover(
-    tmp_path: Path,
-) -> None:
+def test_unused_trained_tokenizer_is_a_leftover(tmp_path):
     tokenizer = learnt(tmp_path / TOKENIZER, "苹果")
     reported = {"sha256": sha256_file(tokenizer), selection.TRAINED_ON: ["a"]}
     write_json(tmp_path / TOKENIZER_MANIFEST, reported)

@@ -74,7 +74,7 @@ def test_tokens_are_truncated_and_captions_keep_their_rows(learnt: Tokenizer) ->
     assert rows == [[[ids["红"]], [ids["心"]]], [], [[ids["色"]]]]
 
 
-def test_missing_or_damaged_tokenizer_is_reported(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_missing_or_damaged_tokenizer_is_reported(tmp_path) -> None:
     with pytest.raises(ValueError, match="no such tokenizer"):
         tokenizers.load_tokenizer(tmp_path / "tokenizer.json")
     (tmp_path / "bad.json").write_text("{}", encoding="utf-8")

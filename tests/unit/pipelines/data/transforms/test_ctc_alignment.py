@@ -87,9 +87,7 @@ def give_symbols(corpus: Path, rows: int, symbols: list[int]) -> None:
     change_corpus(corpus, replace_first)
 
 
-def test_training_reports_rows_that_do_not_fit_the_models_tokens(
-    tmp_path: Path, run_root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_training_reports_rows_that_do_not_fit_the_models_tokens(tmp_path, run_root, capsys):
     """20 to 33 frames are 5 to 9 tokens of four frames: ten symbols fit into none of them."""
     data = write_corpora(tmp_path / "data")
     give_symbols(data / "syllables", 3, [*range(1, 11)])
@@ -101,9 +99,7 @@ def test_training_reports_rows_that_do_not_fit_the_models_tokens(
     assert ResolvedRun(fine).dataloader.datasets["speech_recognition"].unalignable_rows == 0
 
 
-def test_a_task_whose_rows_all_have_no_alignment_is_rejected_before_training(
-    tmp_path: Path,
-) -> None:
+def test_a_task_whose_rows_all_have_no_alignment_is_rejected_before_training(tmp_path):
     data = write_corpora(tmp_path / "data")
     give_symbols(data / "syllables", 100, [*range(1, 11)])
     with pytest.raises(UserError, match=r"syllables/train: .* lower model\.mel_stack \(4\)"):

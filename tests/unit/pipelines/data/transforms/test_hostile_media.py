@@ -51,9 +51,7 @@ SAMPLES = (tone(0.5, 16_000) * 20_000).astype("<i2").tobytes()
 @pytest.mark.parametrize(
     "name", ["list.mp3", "list.mp4", "hls.mp3", "dash.mp3", "dash.mp4", "session.mp3"]
 )
-def test_playlists_open_no_other_files(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_playlists_open_no_other_files(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("secret.mp3").write_bytes(mp3(tone(), 32_000))
     Path("secret.mp4").write_bytes(clip())

@@ -66,7 +66,7 @@ def held(orientation: int) -> bytes:
     ("orientation", "white"),
     [(1, np.s_[:, 16:]), (3, np.s_[:, :16]), (6, np.s_[16:]), (8, np.s_[:16])],
 )
-def test_photograph_is_rotated_upright(orientation: int, white) -> None:  # type: ignore[no-untyped-def]
+def test_photograph_is_rotated_upright(orientation: int, white) -> None:
     made = image.load_pixels(held(orientation), 32, "crop" if orientation in (1, 3) else "pad")
     expected = np.zeros((32, 32), bool)
     expected[white] = True
@@ -155,7 +155,7 @@ def mp3(samples: np.ndarray, rate: int) -> bytes:
 
 
 @pytest.mark.parametrize("encode", [wav, mp3])
-def test_audio_is_resampled_trimmed_and_peaks_at_its_pitch(encode) -> None:  # type: ignore[no-untyped-def]
+def test_audio_is_resampled_trimmed_and_peaks_at_its_pitch(encode) -> None:
     decoded = sound.decode_audio(encode(tone(), 32_000))
     assert abs(len(decoded) - 24_000) < 1_600
     mel = sound.compute_log_mel(decoded)
@@ -267,9 +267,7 @@ def test_frames_keep_their_colour_only_with_three_channels() -> None:
         ((0, 0, 0, 0), (1, 2, 3, 4)),  # no matrix at all
     ],
 )
-def test_video_is_rotated_upright(
-    matrix: tuple[int, int, int, int], numbers: tuple[int, ...]
-) -> None:
+def test_video_is_rotated_upright(matrix, numbers):
     """Quarters 1 2 above 3 4 are identified by their grey."""
     quarters = np.array([[50, 100], [150, 200]], np.uint8).repeat(16, 0).repeat(16, 1)
     wide = np.pad(quarters, ((0, 0), (8, 8)))

@@ -83,10 +83,9 @@ def test_metrics_equal_a_row_by_row_computation(model: SkillNet, data: Path, row
     with torch.no_grad():
         predicted = [
             int(
-                model(
-                    "text_classification",
-                    {"input": {"tokens": torch.tensor([tokens])}},
-                )["logits"].argmax()
+                model("text_classification", {"input": {"tokens": torch.tensor([tokens])}})[
+                    "logits"
+                ].argmax()
             )
             for tokens in table.column("tokens").to_pylist()
         ]
@@ -203,7 +202,7 @@ def test_command(model: SkillNet, data: Path, run_root: Path, capsys, tmp_path: 
     ],
 )
 def test_another_corpus_must_exist_and_have_a_task(
-    main, option: str, message: str, model: SkillNet, data: Path, run_root: Path, capsys, tmp_path
+    main, option, message, model, data, run_root, capsys, tmp_path
 ):
     model.save_pretrained(tmp_path / "model")
     task, _, corpus = option.partition("=")
@@ -212,18 +211,14 @@ def test_another_corpus_must_exist_and_have_a_task(
     assert message in capsys.readouterr().err
 
 
-def test_the_command_rejects_a_directory_without_a_model(
-    data: Path, run_root: Path, capsys, tmp_path: Path
-):
+def test_the_command_rejects_a_directory_without_a_model(data, run_root, capsys, tmp_path):
     assert command.main([str(tmp_path / "none"), "--data", str(data)]) == 2
     assert "no folder and no run" in capsys.readouterr().err
     assert command.main([str(tmp_path), "--data", str(data)]) == 2
     assert "holds no complete model" in capsys.readouterr().err
 
 
-def test_a_checkpoint_is_evaluated_without_auxiliary_tasks(
-    data: Path, tmp_path: Path, run_root: Path
-):
+def test_a_checkpoint_is_evaluated_without_auxiliary_tasks(data, tmp_path, run_root):
     from pipelines.evaluate import EvaluateConfig, evaluate_trained_model
     from pipelines.training.runs import model_source
     from skillnet.model_merging import add_task
@@ -245,10 +240,7 @@ def test_a_checkpoint_is_evaluated_without_auxiliary_tasks(
     assert source.limits["text_to_code"] == 9
     result = evaluate_trained_model(
         EvaluateConfig(
-            model=str(source.weights),
-            data=str(data),
-            bootstrap_samples=0,
-            simple_baselines=False,
+            model=str(source.weights), data=str(data), bootstrap_samples=0, simple_baselines=False
         )
     )
     assert {row["task"] for row in result.rows} == set(config().tasks)
@@ -293,9 +285,7 @@ def test_every_caption_of_a_row_may_be_a_query(model: SkillNet, tmp_path: Path) 
 
 
 @pytest.mark.integration
-def test_an_evaluation_on_other_data_leaves_the_metrics_of_the_run(
-    data: Path, tmp_path: Path, run_root: Path
-) -> None:
+def test_an_evaluation_on_other_data_leaves_the_metrics_of_the_run(data, tmp_path, run_root):
     from pipelines.evaluate import EvaluateConfig, evaluate_trained_model
     from skillnet_platform.tracking import start_run
 
@@ -332,11 +322,7 @@ def test_an_evaluation_on_other_data_leaves_the_metrics_of_the_run(
     letters = change_corpus(corpora / "letters", corpus="letters")
     for number, (options, corpus, digest) in enumerate(
         (
-            (
-                {"data": str(corpora), "corpora": {task: "letters"}},
-                "letters",
-                letters["digest"],
-            ),
+            ({"data": str(corpora), "corpora": {task: "letters"}}, "letters", letters["digest"]),
             ({"data": str(corpora)}, "headings", changed["digest"]),
             ({"data": str(data), "trained": "0" * 64}, "headings", own),
             ({"data": str(data), "trained": "null"}, "headings", own),
@@ -366,9 +352,7 @@ class OneWeight(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))
 
 
-def test_a_batch_is_sent_from_pinned_memory_without_waiting(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_batch_is_sent_from_pinned_memory_without_waiting(monkeypatch):
     calls: list[Any] = []
 
     def record(call: Any, x: Tensor) -> Tensor:
@@ -381,9 +365,7 @@ def test_a_batch_is_sent_from_pinned_memory_without_waiting(
     assert calls == ["pin", ("cuda", {"non_blocking": True})]
 
 
-def test_a_result_is_awaited_after_the_next_batch_was_sent(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_result_is_awaited_after_the_next_batch_was_sent(monkeypatch):
     done: list[str] = []
 
     def send(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -395,7 +377,7 @@ def test_a_result_is_awaited_after_the_next_batch_was_sent(
 
     monkeypatch.setattr(inference, "send_batch", send)
     monkeypatch.setattr(inference, "fetch_results", fetch)
-    runner = InferenceRunner(OneWeight(), "fp32", 1)  # type: ignore[arg-type]
+    runner = InferenceRunner(OneWeight(), "fp32", 1)
     inputs = InferenceInputs(np.ones(3), lambda rows: {"tokens": torch.from_numpy(rows)})
     found = [int(rows[0]) for rows, _ in runner._infer(inputs, lambda x: (x["tokens"],))]
     assert found == [0, 1, 2]
@@ -403,7 +385,7 @@ def test_a_result_is_awaited_after_the_next_batch_was_sent(
 
 
 def test_the_limit_of_a_batch_follows_the_device() -> None:
-    runner = InferenceRunner(OneWeight(), "fp32")  # type: ignore[arg-type]
+    runner = InferenceRunner(OneWeight(), "fp32")
     assert (runner.max_batch_tokens, runner.max_batch_rows) == BATCH_LIMITS["cpu"]
     assert all(
         gpu > cpu for gpu, cpu in zip(BATCH_LIMITS["cuda"], BATCH_LIMITS["cpu"], strict=True)

@@ -56,9 +56,7 @@ def test_a_good_test_is_not_weak(data: Path) -> None:
         ((TEXTS, "other", "train"), ["test"], ""),
     ],
 )
-def test_rows_of_the_training_are_found(
-    data: Path, read: tuple[str, str, str], splits: list[str], sentence: str
-) -> None:
+def test_rows_of_the_training_are_found(data, read, splits, sentence):
     change_corpus(
         data / "headings",
         row_checks={"shared": {"test": {"train": 5}}},

@@ -35,9 +35,7 @@ def saved(tmp_path: Path, data: Path, *tasks: str) -> ModelSource:
     return ModelSource("saved", tmp_path / "model")
 
 
-def test_a_new_modality_adds_a_stem_that_also_trains_without_the_skill(
-    tmp_path: Path, data: Path
-) -> None:
+def test_a_new_modality_adds_a_stem_that_also_trains_without_the_skill(tmp_path, data):
     source = saved(tmp_path, data, "text_classification")
     config = replace(grow_config("saved", data), run_dir=str(tmp_path))
     before = runs.load_growable_model(source)
@@ -80,9 +78,7 @@ def test_old_tasks_are_evaluated_with_their_training_settings(tmp_path: Path, da
     )
 
 
-def test_a_task_with_only_the_new_skill_has_no_reference_without_it(
-    tmp_path: Path, data: Path
-) -> None:
+def test_a_task_with_only_the_new_skill_has_no_reference_without_it(tmp_path, data):
     source = saved(tmp_path, data, "text_classification")
     config = grow_config("saved", data)
     task = NewTask("counting", {"input": SkillPlan(("ink",), "video")}, TaskTraining("counts"))
@@ -130,7 +126,7 @@ def growth(**changes: object) -> GrowthReport:
             TransferResult("grown", "test", "accuracy", 0.5, 0.4, 0.6, [], 3, 1.0)
         ],
     }  # fmt: skip
-    return GrowthReport(**(values | changes))  # type: ignore[arg-type]
+    return GrowthReport(**(values | changes))
 
 
 @pytest.mark.parametrize(

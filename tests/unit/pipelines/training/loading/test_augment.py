@@ -168,9 +168,7 @@ def test_a_gpu_gets_stored_pixels_and_makes_the_same_batch(config: FinetuneConfi
 
 @pytest.mark.parametrize("processes", [0, 1])
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")
-def test_batches_of_a_gpu_are_prefetched_with_stored_pixels(
-    data: Path, processes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_of_a_gpu_are_prefetched_with_stored_pixels(data, processes, monkeypatch):
     pinned: list[Tensor] = []
 
     def pin(x: Tensor) -> Tensor:

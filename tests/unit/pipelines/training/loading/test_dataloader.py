@@ -5,7 +5,6 @@ import pickle
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -134,9 +133,7 @@ def test_captions_of_a_row_are_all_used(stream: MultiTaskDataLoader) -> None:
     assert set(seen) == {tuple(tokens) for tokens in captions[row]}
 
 
-def test_noise_level_does_not_depend_on_the_deviation_of_the_corpus(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_noise_level_does_not_depend_on_the_deviation_of_the_corpus(data, tmp_path, monkeypatch):
     """Log power is stored divided by a deviation; noise adds to the power itself."""
     config = small_config(data)
     config.tasks = {"speech_recognition": config.tasks["speech_recognition"]}
@@ -166,9 +163,7 @@ def test_noise_level_does_not_depend_on_the_deviation_of_the_corpus(
         ),
     ],
 )
-def test_sizes_that_the_model_does_not_read_are_named(
-    data: Path, sizes: dict[str, int], message: str
-) -> None:
+def test_sizes_that_the_model_does_not_read_are_named(data, sizes, message):
     config = small_config(data)
     config.model = replace(config.model, **sizes)
     with pytest.raises(UserError, match=message):
@@ -176,8 +171,8 @@ def test_sizes_that_the_model_does_not_read_are_named(
 
 
 def test_prefetcher_raises_the_error_of_its_thread(stream: MultiTaskDataLoader) -> None:
-    stream.datasets["text_to_video"].limit = None  # type: ignore[assignment]
-    stream.datasets["text_to_video"].shard_table._columns["frames"] = object()  # type: ignore[assignment]
+    stream.datasets["text_to_video"].limit = None
+    stream.datasets["text_to_video"].shard_table._columns["frames"] = object()
     with prefetch_batches(stream, 0, 20) as ahead, pytest.raises(UserError, match="frames"):
         list(ahead)
 
@@ -225,7 +220,7 @@ def test_what_a_loading_process_is_sent_does_not_grow(tmp_path: Path, rows: str)
 def test_processes_raise_the_error_of_a_batch_unchanged(data: Path) -> None:
     stream = ResolvedRun(small_config(data)).dataloader
     for dataset in stream.datasets.values():
-        dataset.modality = None  # type: ignore[assignment]
+        dataset.modality = None
     with pytest.raises(AttributeError, match="NoneType") as alone:
         stream.batch(0)
     with (
@@ -262,9 +257,7 @@ def test_rank_slice_equals_array_split() -> None:
         ),
     ],
 )
-def test_a_corpus_that_does_not_fit_is_rejected(
-    data: Path, change: dict[str, Any], message: str
-) -> None:
+def test_a_corpus_that_does_not_fit_is_rejected(data, change, message):
     tree = configuration.merge_trees(configuration.to_dict(small_config(data)), change)
     config = configuration.build_config(FinetuneConfig, tree)
     with pytest.raises(UserError, match=message):

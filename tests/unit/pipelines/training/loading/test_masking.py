@@ -125,9 +125,7 @@ def test_normalised_patches_have_no_mean_and_flat_ones_stay_flat() -> None:
 
 
 @pytest.mark.parametrize(("tubes", "channels"), [(True, 1), (False, 1), (True, 3)])
-def test_masked_tubelets_are_filled_and_their_pixels_are_targets(
-    tubes: bool, channels: int
-) -> None:
+def test_masked_tubelets_are_filled_and_their_pixels_are_targets(tubes, channels):
     frames = torch.randint(0, 256, (6, 8, 32, 32, channels), dtype=torch.uint8)
     masking = make_masking(MODEL, "video", video_tubes=tubes)
     shown, targets = mask_pixels(masking, "video", frames, draws(6))

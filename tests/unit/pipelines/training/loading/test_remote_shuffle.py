@@ -50,9 +50,7 @@ def names_of(stream: MultiTaskDataLoader) -> tuple[list[str], list[int]]:
     ], list(come)
 
 
-def test_corrupt_shard_is_reported_before_its_rows_are_used(
-    store: str, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_corrupt_shard_is_reported_before_its_rows_are_used(store, data, monkeypatch):
     stream = ResolvedRun(config_of(store, shuffle_gb=1e-9)).dataloader  # windows of one shard
     names, come = names_of(stream)
     altered = names[come[3]]
@@ -73,9 +71,7 @@ def test_corrupt_shard_is_reported_before_its_rows_are_used(
     same(ResolvedRun(config_of(data, shuffle_gb=1e-9)).dataloader, stream, range(7, 12))
 
 
-def test_complete_shuffle_prefetches_shards_in_order_of_use(
-    store: str, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_complete_shuffle_prefetches_shards_in_order_of_use(store, data, monkeypatch):
     wanted: list[CacheKey] = []
     monkeypatch.setattr(FileCache, "prefetch", lambda self, more: wanted.extend(more))
     stream = ResolvedRun(config_of(store)).dataloader

@@ -86,9 +86,7 @@ def test_weights_explicit_and_by_temperature() -> None:
     window=st.integers(1, 5),
     bucketed=st.booleans(),
 )
-def test_every_row_occurs_once_per_epoch_for_any_size(
-    rows: int, batch: int, window: int, bucketed: bool
-) -> None:
+def test_every_row_occurs_once_per_epoch_for_any_size(rows, batch, window, bucketed):
     lengths = (np.arange(rows)[::-1] % 7).__getitem__ if bucketed else None
     order = ShuffleSampler(rows, batch, (1, "order"), lengths, window)
     epochs = 4
@@ -123,9 +121,7 @@ def make(
     bucketed=st.booleans(),
 )
 @settings(deadline=None)
-def test_every_row_occurs_once_per_epoch(
-    rows: list[int], batch: int, limit: float, bucketed: bool
-) -> None:
+def test_every_row_occurs_once_per_epoch(rows, batch, limit, bucketed):
     order, total = make(rows, batch, limit, bucketed), sum(rows)
     count = -(-3 * total // batch)
     seen = np.concatenate([order.batch(batch_index) for batch_index in range(count)])
@@ -140,9 +136,7 @@ def test_every_row_occurs_once_per_epoch(
     limit=st.integers(1, 900),
 )
 @settings(deadline=None)
-def test_a_batch_needs_the_shards_of_its_windows_only(
-    rows: list[int], batch: int, limit: float
-) -> None:
+def test_a_batch_needs_the_shards_of_its_windows_only(rows, batch, limit):
     order = make(rows, batch, limit)
     starts = np.concatenate([[0], np.cumsum(rows)])
     for batch_index in range(12):
@@ -291,9 +285,7 @@ def test_groups_have_all_shards_and_about_equal_numbers_of_rows() -> None:
     st.sampled_from([1, 7.5, 30, 64, 1e18, math.inf]),
     st.integers(1, 5),
 )
-def test_windows_and_groups_are_filled_shard_by_shard(
-    shards: list[tuple[int, int]], limit: float, groups: int
-) -> None:
+def test_windows_and_groups_are_filled_shard_by_shard(shards, limit, groups):
     """The order of rows follows from these rules, so that a run resumes in every version."""
     rows, sizes = ([shard[part] for shard in shards] for part in (0, 1))
     key = (3, "order")

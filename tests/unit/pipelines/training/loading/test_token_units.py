@@ -1,7 +1,6 @@
 """Units of sound: deterministic, computed once, and used as targets instead of frames."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,9 +82,7 @@ def test_too_few_stacks_for_the_units_are_rejected(corpus: PreparedCorpus) -> No
         find_token_units(corpus, ("train",), replace(MODEL, sound_units=1_000_000))
 
 
-def test_units_do_not_depend_on_the_location_of_shards(
-    corpus: PreparedCorpus, tmp_path: Path
-) -> None:
+def test_units_do_not_depend_on_the_location_of_shards(corpus, tmp_path):
     copy = tmp_path / "elsewhere"
     copy.mkdir()
     for file in corpus.path.iterdir():

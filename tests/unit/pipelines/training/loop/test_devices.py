@@ -71,9 +71,7 @@ def gpus(workers: int, **more: Any) -> TrainingConfig:
     return TrainingConfig(use_gpu=True, workers=workers, **more)
 
 
-def test_a_driver_without_a_gpu_starts_a_run_on_a_cluster_with_gpus(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_driver_without_a_gpu_starts_a_run_on_a_cluster_with_gpus(tmp_path, monkeypatch):
     connect(monkeypatch, HEAD, *4 * [GPU_NODE])
     config = small_config(write_corpora(tmp_path / "data"), use_gpu=True, workers=4)
     for task in config.tasks.values():
@@ -116,12 +114,8 @@ def test_a_driver_without_a_gpu_starts_a_run_on_a_cluster_with_gpus(
     ids=range(7),
 )
 def test_the_gpus_of_a_run_are_those_of_the_cluster(
-    nodes: list[dict[str, float]],
-    startable: int,
-    training: TrainingConfig,
-    message: str | None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    nodes, startable, training, message, monkeypatch
+):
     connect(monkeypatch, *nodes, startable=startable)
     if message is None:
         setup.require_devices(training)
@@ -144,14 +138,8 @@ def test_the_gpus_of_a_run_are_those_of_the_cluster(
     ids=range(7),
 )
 def test_one_worker_on_one_machine_is_the_process_of_the_command(
-    training: dict[str, Any],
-    address: str,
-    is_worker: bool,
-    expected: str,
-    data: Path,
-    run_root: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    training, address, is_worker, expected, data, run_root, monkeypatch
+):
     monkeypatch.setenv("RAY_ADDRESS", address)
     started: list[str] = []
 
@@ -171,9 +159,7 @@ def test_one_worker_on_one_machine_is_the_process_of_the_command(
     assert started == [expected]
 
 
-def test_pods_that_the_autoscaler_may_start_are_waited_for(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_pods_that_the_autoscaler_may_start_are_waited_for(monkeypatch, capsys, tmp_path):
     connect(monkeypatch, HEAD)
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     monkeypatch.setattr(capacity, "BOOTSTRAP", tmp_path / "absent.yaml")
@@ -181,9 +167,7 @@ def test_pods_that_the_autoscaler_may_start_are_waited_for(
     assert "The run waits for the autoscaler" in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_machine_without_gpus_is_named_before_anything_is_fetched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_machine_without_gpus_is_named_before_anything_is_fetched(tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -304,9 +288,7 @@ def accelerator_error() -> Exception:
 
 
 @pytest.mark.parametrize("error", [accelerator_error(), RuntimeError(LOST)])
-def test_a_lost_device_is_named_and_the_run_resumes(
-    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lost_device_is_named_and_the_run_resumes(error, tmp_path, monkeypatch):
     config = small_config(write_corpora(tmp_path / "data"), steps=6, checkpoint_every=2)
     config.name = "lost"
     run = ResolvedRun(config, tmp_path / "run")
@@ -345,8 +327,8 @@ def test_too_little_memory_names_the_option_and_ends_the_run(tmp_path: Path) -> 
 
 
 def test_the_advice_about_memory_resumes_the_run_if_it_is_followed_to_the_letter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, monkeypatch
+):
     config = small_config(write_corpora(tmp_path / "data"), steps=6, checkpoint_every=2)
     config = replace(config, name="small", run_dir=str(tmp_path), evaluate=False)
     run = ResolvedRun(config, tmp_path / "small")
@@ -384,9 +366,7 @@ def test_the_advice_about_memory_resumes_the_run_if_it_is_followed_to_the_letter
         (2, None, 2, "It needs a larger GPU"),
     ],
 )
-def test_the_advice_about_memory_needs_less_memory(
-    rows: int, size: int | None, workers: int, remedy: str, tmp_path: Path
-) -> None:
+def test_the_advice_about_memory_needs_less_memory(rows, size, workers, remedy, tmp_path):
     config = small_config(
         tmp_path, micro_batch_size=size, workers=workers, activation_checkpointing=True
     )

@@ -100,9 +100,7 @@ def test_copies_to_the_device_are_asynchronous(census: Census) -> None:
     assert {name: places for name, places in found.items() if places} == {}
 
 
-def test_waits_and_operations_only_decrease(
-    census: Census, table: dict[str, dict[str, int]]
-) -> None:
+def test_waits_and_operations_only_decrease(census, table):
     found = {name: count(name, case) for name, case in census.items()}
     larger = {
         name: (numbers, table[name], census[name]["waits"])

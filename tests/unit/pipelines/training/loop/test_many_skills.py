@@ -84,8 +84,8 @@ def _counted(method: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
 
 @pytest.mark.parametrize(("rank", "sharding"), [(0, "none"), (2, "none"), (0, "host")])
 def test_a_step_looks_at_no_skill_that_its_task_does_not_activate(
-    data: Path, rank: int, sharding: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    data, rank, sharding, monkeypatch
+):
     for kind in (nn.ParameterDict, nn.ModuleDict):
         for method in ("__iter__", "keys", "values", "items"):
             monkeypatch.setattr(kind, method, _counted(getattr(kind, method)))
@@ -164,8 +164,8 @@ def mapped_file(weight: torch.Tensor) -> str | None:
 @pytest.mark.parametrize("sharding", ["none", "host"])
 @pytest.mark.parametrize("start", ["random", "base"])
 def test_weights_that_no_task_activates_lie_in_files_and_keep_their_bits(
-    data: Path, tmp_path: Path, base: Path, start: str, sharding: str
-) -> None:
+    data, tmp_path, base, start, sharding
+):
     source = base if start == "base" else None
     whole = train_task(data, tmp_path / "whole", start=source, sharding=sharding)
     first = train_task(data, tmp_path / "parts", stop=2, start=source, sharding=sharding)
@@ -200,9 +200,7 @@ def test_workers_of_a_node_share_one_copy(tmp_path: Path) -> None:
         assert b[-1] == -1
 
 
-def test_a_resumed_run_hashes_and_reads_what_its_tasks_use(
-    data: Path, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_hashes_and_reads_what_its_tasks_use(data, tmp_path, base, monkeypatch):
     hashed, read = Counter[str](), Counter[str]()
 
     def count(counter: Counter[str], original: Callable[..., Any]) -> Callable[..., Any]:
@@ -236,14 +234,8 @@ def test_a_resumed_run_hashes_and_reads_what_its_tasks_use(
     ("where", "sharding"), [("base", "none"), ("checkpoint", "none"), ("checkpoint", "host")]
 )
 def test_a_file_that_no_task_uses_is_refused_or_keeps_its_digest(
-    data: Path,
-    tmp_path: Path,
-    base: Path,
-    where: str,
-    sharding: str,
-    damage: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    data, tmp_path, base, where, sharding, damage, capsys
+):
     start, name = tmp_path / "base", f"{FURTHER[1]}.safetensors"
     systems.load_model(base).save_pretrained(start)
     run = tmp_path / "run"
@@ -272,9 +264,7 @@ def test_a_file_that_no_task_uses_is_refused_or_keeps_its_digest(
 
 
 @pytest.mark.parametrize("trainable", [[], ["skill-general"]])
-def test_gradients_and_optimizer_hold_trained_weights_only(
-    data: Path, tmp_path: Path, trainable: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradients_and_optimizer_hold_trained_weights_only(data, tmp_path, trainable, monkeypatch):
     kept: list[Any] = []
 
     def keep(*arguments: Any) -> Any:

@@ -81,7 +81,7 @@ def run_of(data: Path, task: Task, corpus: str, **settings: object) -> FinetuneC
         name="cell",
         data=str(data),
         model=replace(config(), tasks={"cell": task}),
-        tasks={"cell": TaskTraining(corpus, batch_size=6, **settings)},  # type: ignore[arg-type]
+        tasks={"cell": TaskTraining(corpus, batch_size=6, **settings)},
         training=training,
     )
     return resolve_model_tasks(run, {corpus: open_corpus(data / corpus).manifest})

@@ -77,9 +77,7 @@ def test_a_name_selects_and_imports_nothing() -> None:
         find_observers(LOGGERS, ["broken"], "tracking.loggers")
 
 
-def test_a_metric_never_replaces_one_of_the_objective(
-    package: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_metric_never_replaces_one_of_the_objective(package, monkeypatch):
     changed = (
         (package / "run_observers.py").read_text("utf-8").replace("top_3_accuracy", "accuracy")
     )

@@ -108,15 +108,13 @@ def test_inactive_skill_is_unchanged(data: Path) -> None:
         ("heads.text_classification.project.bias", (4,), False),
     ],
 )
-def test_weight_decay_applies_to_matrices_only(
-    name: str, shape: tuple[int, ...], expected: bool
-) -> None:
+def test_weight_decay_applies_to_matrices_only(name, shape, expected):
     assert has_weight_decay(name, torch.zeros(shape)) == expected
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
 def test_learning_rate_rises_then_never_rises(schedule: str) -> None:
-    config = TrainingConfig(steps=200, warmup_fraction=0.1, lr=2.0, schedule=schedule)  # type: ignore[arg-type]
+    config = TrainingConfig(steps=200, warmup_fraction=0.1, lr=2.0, schedule=schedule)
     rates = [compute_learning_rate(config, step) for step in range(200)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[19] == pytest.approx(2.0)

@@ -17,9 +17,7 @@ from tests.helpers.waiting import wait_until
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_requests_a_stop_and_a_second_one_interrupts(
-    number: signal.Signals, tmp_path: Path
-) -> None:
+def test_a_signal_requests_a_stop_and_a_second_one_interrupts(number, tmp_path):
     file = tmp_path / FILE
     file.touch()  # left by an earlier run
     with preemption.listen_in_driver(FileStopSignal(file)):
@@ -48,10 +46,7 @@ def test_nohup_keeps_a_run_through_the_end_of_its_terminal() -> None:
 
 def test_file_of_the_driver_requests_a_stop(tmp_path: Path) -> None:
     file = tmp_path / FILE
-    with (
-        preemption.listen_in_driver(),
-        preemption.watch_stop_signal(FileStopSignal(file)),
-    ):
+    with preemption.listen_in_driver(), preemption.watch_stop_signal(FileStopSignal(file)):
         assert not preemption.stop_requested()
         file.touch()
         wait_until(preemption.stop_requested, 30)

@@ -73,9 +73,7 @@ def test_tokens_are_predicted_by_their_own_embedding() -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_activated_weight_gets_a_gradient_and_no_other(
-    config: FinetuneConfig, task: str
-) -> None:
+def test_every_activated_weight_gets_a_gradient_and_no_other(config, task):
     model, stream = build_model(config).double(), ResolvedRun(config).dataloader
     step = next(step for step in range(60) if stream.batch_spec(step).task == task)
     batch = stream.batch(step).to(torch.device("cpu"), torch.float64)
@@ -118,9 +116,7 @@ def test_losses_fall_on_learnable_rows(data: Path) -> None:
 # -- what is read ---------------------------------------------------------------------------------
 
 
-def test_pretraining_reads_what_the_manifest_allows_and_each_row_once(
-    config: FinetuneConfig, data: Path
-) -> None:
+def test_pretraining_reads_what_the_manifest_allows_and_each_row_once(config, data):
     stream, corpora = ResolvedRun(config).dataloader, open_corpora(config)
     for name, settings in config.tasks.items():
         splits = resolve_splits(corpora[settings.corpus], "pretraining")

@@ -1,7 +1,6 @@
 """A run that is rejected for its data leaves no folder and no MLflow run."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -36,14 +35,8 @@ def replace_values(name: str, value: object) -> Callable[[pa.Table], pa.Table]:
     ],
 )
 def test_a_run_with_unreadable_rows_leaves_nothing(
-    corpus: str,
-    split: str,
-    edit: Callable[[pa.Table], pa.Table],
-    message: str,
-    tmp_path: Path,
-    run_root: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    corpus, split, edit, message, tmp_path, run_root, capsys
+):
     data = write_corpora(tmp_path / "data")
     change_corpus(data / corpus, lambda name, rows: edit(rows) if name == split else rows)
     words = ["--name", "rejected", "--data", str(data), *option_arguments(SMALL_RUN)]

@@ -53,9 +53,7 @@ def digest_files(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("training", [{"ema": 0.9}, {"trainable": ["skill-general"]}])
-def test_a_run_and_its_checkpoints_are_the_same(
-    data: Path, tmp_path: Path, training: dict[str, Any]
-) -> None:
+def test_a_run_and_its_checkpoints_are_the_same(data, tmp_path, training):
     plain, metrics = train(tmp_path / "plain", data, **training)
     training["sharding"] = "host"
     offloaded, others = train(tmp_path / "offloaded", data, **training)
@@ -147,8 +145,8 @@ class LateStream:
 
 @pytest.mark.parametrize("every", [3, 0])
 def test_checkpoints_evaluations_and_averages_wait_for_the_copies(
-    every: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    every, data, tmp_path, monkeypatch
+):
     # An evaluation waits before the checkpoint of its step; without one the checkpoint waits.
     monkeypatch.setattr(Evaluations, "evaluates_last", bool(every))
     plain, metrics = train(tmp_path / "plain", data, ema=0.9, evaluate_every=every)

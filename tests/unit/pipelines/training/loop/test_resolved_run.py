@@ -13,15 +13,13 @@ from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_config
 
 
-def test_each_corpus_is_opened_once_from_the_command_to_the_last_step(
-    data: Path, run_root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_corpus_is_opened_once_from_the_command_to_the_last_step(data, run_root, monkeypatch):
     opened: list[str] = []
     original = dataset.open_corpus
 
     def open_corpus(place: Path, **options: object) -> dataset.PreparedCorpus:
         opened.append(Path(place).name)
-        return original(place, **options)  # type: ignore[arg-type]
+        return original(place, **options)
 
     monkeypatch.setattr(dataset, "open_corpus", open_corpus)
     monkeypatch.setattr(identity, "open_corpus", open_corpus)

@@ -65,11 +65,9 @@ def test_a_replica_lies_on_one_node() -> None:
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 7, 8, 9])
 @pytest.mark.parametrize("ranks", [1, 2, 4, 5])
-def test_the_rows_of_all_ranks_are_the_weight_also_if_some_have_none(
-    rows: int, ranks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_rows_of_all_ranks_are_the_weight_also_if_some_have_none(rows, ranks, monkeypatch):
     shards = ModelShards.__new__(ModelShards)
-    shards.group = None  # type: ignore[assignment]
+    shards.group = None
     whole = torch.arange(rows * 3.0).view(rows, 3)
     parts = []
     for rank in range(ranks):
@@ -96,9 +94,7 @@ def process_group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def test_training_continues_while_a_checkpoint_is_written(
-    process_group: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_continues_while_a_checkpoint_is_written(process_group, tmp_path, monkeypatch):
     source = SkillNet(small_config())
     with torch.device("meta"), SkippedInit():
         structure, whole = SkillNet(small_config()), SkillNet(small_config())

@@ -83,9 +83,7 @@ def test_parts_give_the_gradients_of_the_whole_batch(data: Path, task: str) -> N
                 torch.testing.assert_close(parameter.grad, other, rtol=1e-9, atol=1e-12)
 
 
-def test_a_part_repeats_its_dropout_in_the_second_pass(
-    data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_part_repeats_its_dropout_in_the_second_pass(data, monkeypatch):
     """Without that, the gradient of a contrastive loss belongs to other embeddings."""
     drop_tokens(monkeypatch, 0.3)
     config = small_config(data)
@@ -100,7 +98,7 @@ def test_a_part_repeats_its_dropout_in_the_second_pass(
         seen.append(outputs["query"].detach())
         return outputs
 
-    model.forward = watch  # type: ignore[assignment]
+    model.forward = watch
     config.training.micro_batch_size = 3
     sync = GradientSync(trainable_parameters(model, config), 1, 1e6)
     sync.begin(batch.task)

@@ -7,11 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.serving.registration import (
-    UntrainedTaskError,
-    check_trained_tasks,
-    register_model,
-)
+from pipelines.serving.registration import UntrainedTaskError, check_trained_tasks, register_model
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.loading.dataloader import Batch
 from pipelines.training.loading.task_dataset import TaskDataset
@@ -64,9 +60,7 @@ def with_short_sound(data: Path, mel_stack: int = 40, **training: object) -> Fin
     return config
 
 
-def test_a_task_whose_gradients_are_never_finite_ends_a_short_run(
-    data: Path, tmp_path: Path
-) -> None:
+def test_a_task_whose_gradients_are_never_finite_ends_a_short_run(data, tmp_path):
     config, reporter = with_broken_sound(data, log_every=1), Lines()
     run = ResolvedRun(config, tmp_path / "run")
     steps = run.dataloader.count_steps(12)[SPEECH]
@@ -150,9 +144,7 @@ def test_a_task_without_steps_is_not_registered(data: Path, tmp_path: Path) -> N
     check_trained_tasks(source)
 
 
-def test_a_run_counts_the_steps_of_the_model_that_it_starts_from(
-    data: Path, tmp_path: Path
-) -> None:
+def test_a_run_counts_the_steps_of_the_model_that_it_starts_from(data, tmp_path):
     parent = train_model(ResolvedRun(small_config(data, steps=12), tmp_path / "parent"))
     short = train_model(ResolvedRun(small_config(data, steps=1), tmp_path / "short"))
     for start, steps in ((parent, 12), (short, 1)):
@@ -176,9 +168,7 @@ def test_a_healthy_run_keeps_the_content_of_its_checkpoints(data: Path, tmp_path
     assert not any(each.problems for each in counts.values())
 
 
-def test_a_task_whose_targets_never_fit_ends_the_run(
-    data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_task_whose_targets_never_fit_ends_the_run(data, monkeypatch):
     # Rows in an object store are not counted before the run.
     monkeypatch.setattr(TaskDataset, "_count_unalignable", lambda self: 0)
     reporter = Lines()
@@ -193,9 +183,7 @@ def count_short_rows(result: TrainResult) -> tuple[int, int]:
     return counts.unalignable_rows, counts.rows
 
 
-def test_rows_that_cannot_be_aligned_are_counted_in_all_parts_of_a_run(
-    data: Path, tmp_path: Path
-) -> None:
+def test_rows_that_cannot_be_aligned_are_counted_in_all_parts_of_a_run(data, tmp_path):
     config, reporter = with_short_sound(data, mel_stack=28), Lines()
     short, rows = count_short_rows(train_model(ResolvedRun(config), reporter=reporter))
     assert 0 < short < rows

@@ -45,9 +45,7 @@ def read_batch(run: ResolvedRun, task: str, rank: int = 0, world: int = 1) -> Ba
 
 
 @pytest.mark.parametrize("task", ["text_classification", "speech_recognition", "text_to_code"])
-def test_operations_are_three_forward_passes_and_tokens_are_those_of_all_ranks(
-    data: Path, task: str
-) -> None:
+def test_operations_are_three_forward_passes_and_tokens_are_those_of_all_ranks(data, task):
     """Padding is not computed, so it does not count."""
     run = ResolvedRun(small_config(data))
     model = build_model(run.config)
@@ -72,9 +70,7 @@ def test_operations_are_three_forward_passes_and_tokens_are_those_of_all_ranks(
     assert meter.collect_metrics(seconds=2.0) == {}
 
 
-def test_a_device_of_unknown_peak_has_no_utilization(
-    data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_device_of_unknown_peak_has_no_utilization(data, monkeypatch):
     assert find_peak_flops(torch.device("cpu"), True) is None
     about = SimpleNamespace(name="NVIDIA L4", total_memory=24 * 10**9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
@@ -85,9 +81,7 @@ def test_a_device_of_unknown_peak_has_no_utilization(
     assert find_peak_flops(torch.device("cuda"), True) is None
 
 
-def test_a_system_without_formulas_is_not_run_to_count_it(
-    data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_system_without_formulas_is_not_run_to_count_it(data, monkeypatch):
     run = ResolvedRun(small_config(data))
     model = build_model(run.config)
     monkeypatch.setattr(type(model), "flops", TaskModel.flops)
@@ -109,17 +103,13 @@ def test_training_reports_rate_and_memory_and_writes_a_profile(data: Path, tmp_p
     assert any("embedding" in str(event.get("name")) for event in events)
 
 
-def test_memory_of_a_gpu_is_reported_beside_that_of_the_host(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_memory_of_a_gpu_is_reported_beside_that_of_the_host(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 10**9)
     values = measure_peak_memory(torch.device("cuda"))
     assert values["training/peak_device_memory_gb"] == 3.0
 
 
-def test_gauges_have_the_metrics_of_the_training_and_the_name_of_the_run(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_gauges_have_the_metrics_of_the_training_and_the_name_of_the_run(monkeypatch):
     seen: dict[str, tuple[float, Mapping[str, str]]] = {}
 
     class Gauge:
@@ -130,7 +120,7 @@ def test_gauges_have_the_metrics_of_the_training_and_the_name_of_the_run(
             seen[self.name] = (value, tags)
 
     metrics = ModuleType("ray.util.metrics")
-    metrics.Gauge = Gauge  # type: ignore[attr-defined]
+    metrics.Gauge = Gauge
     monkeypatch.setitem(sys.modules, "ray.util.metrics", metrics)
     ray = SimpleNamespace(is_initialized=lambda: False)
     monkeypatch.setitem(sys.modules, "ray", ray)

@@ -42,9 +42,7 @@ def test_a_pretraining_has_the_size_of_the_fine_tuning_that_follows() -> None:
     assert widths[0] == widths[1]
 
 
-def test_a_run_of_fewer_tasks_keeps_the_size_of_its_initial_weights(
-    tmp_path: Path, run_root: Path
-) -> None:
+def test_a_run_of_fewer_tasks_keeps_the_size_of_its_initial_weights(tmp_path, run_root):
     config = replace(small_config(write_corpora(tmp_path / "data")), system="dense")
     joint = build_system("dense", config.joint().model)
     joint.save_pretrained(tmp_path / "joint")
@@ -57,9 +55,7 @@ def test_a_run_of_fewer_tasks_keeps_the_size_of_its_initial_weights(
     assert list(fresh.config.model.reference_tasks) == ["text_classification"]
 
 
-def test_a_mismatch_is_a_warning_of_the_run_and_a_line_of_its_plan(
-    tmp_path: Path, run_root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_mismatch_is_a_warning_of_the_run_and_a_line_of_its_plan(tmp_path, run_root, capsys):
     config = replace(small_config(write_corpora(tmp_path / "data")), system="dense")
     assert find_size_mismatch(config.joint()) is None
     wide = dataclasses.replace(config, options={"ffn_dim": 200})

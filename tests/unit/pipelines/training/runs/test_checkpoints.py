@@ -21,7 +21,6 @@ from pipelines.training.runs.mirror import RunMirror
 from skillnet import SkillNet, systems
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
-from tests.helpers.object_store import ObjectStore
 from tests.helpers.small_corpora import small_config
 
 
@@ -105,9 +104,7 @@ def test_a_checkpoint_writes_what_changed_and_links_the_rest(data: Path, tmp_pat
 
 
 @pytest.mark.parametrize("change", ["in place", "another tensor", "no links", "file cut short"])
-def test_a_changed_tensor_or_file_is_written_again(
-    data: Path, tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_changed_tensor_or_file_is_written_again(data, tmp_path, change, monkeypatch):
     config = small_config(data)
     model = build_model(config)
     optimizer = build_optimizer(model.named_parameters(), config.training)
@@ -145,8 +142,8 @@ def test_a_changed_tensor_or_file_is_written_again(
 
 @pytest.mark.parametrize("fault", ["", "replaced", "removed", "damaged manifest", "no copies"])
 def test_a_store_gets_the_files_that_changed_since_its_last_checkpoint(
-    run: Path, object_store: ObjectStore, fault: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    run, object_store, fault, monkeypatch
+):
     mirror, name = RunMirror(f"{object_store.uri}/run", run), "skill-text.safetensors"
     older, newer = (run / "checkpoints" / f"step-0000000{step}" for step in (6, 8))
     # As if the later steps had not changed this skill.
@@ -201,9 +198,7 @@ def test_a_store_gets_the_files_that_changed_since_its_last_checkpoint(
         ("manifest.json", "truncate", "manifest.json is damaged"),
     ],
 )  # fmt: skip
-def test_a_damaged_checkpoint_is_rejected_by_name(
-    run: Path, name: str, damage: str, message: str
-) -> None:
+def test_a_damaged_checkpoint_is_rejected_by_name(run, name, damage, message):
     path = run / "checkpoints" / "step-00000008" / name
     content = bytearray(path.read_bytes())
     path.unlink()
@@ -214,9 +209,7 @@ def test_a_damaged_checkpoint_is_rejected_by_name(
         checkpoints.verify_checkpoint(path.parent)
 
 
-def test_newest_valid_checkpoint_is_used_and_invalid_ones_are_named(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_newest_valid_checkpoint_is_used_and_invalid_ones_are_named(run, capsys):
     (run / "checkpoints" / "step-00000008" / "manifest.json").unlink()
     shutil.rmtree(run / "checkpoints" / "step-00000006")
     (run / "checkpoints" / "step-00000006").mkdir()

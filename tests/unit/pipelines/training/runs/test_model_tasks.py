@@ -111,9 +111,7 @@ def test_unknown_task_is_rejected_by_name(data: Path, run_root: Path) -> None:
         validate_run(run)
 
 
-def test_a_stored_configuration_resolves_to_itself(
-    data: Path, run_root: Path, tmp_path: Path
-) -> None:
+def test_a_stored_configuration_resolves_to_itself(data, run_root, tmp_path):
     change_corpus(data / "tnews", labels=["gut", "schlecht"])
     first = resolve_run(own(data, "--tasks.mood.corpus", "tnews", "--name", "mine"))
     path = tmp_path / "config.yaml"
@@ -147,9 +145,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield place / "run"
 
 
-def test_an_option_comes_before_the_run_and_the_run_before_the_usual_place(
-    run: Path, tmp_path: Path
-) -> None:
+def test_an_option_comes_before_the_run_and_the_run_before_the_usual_place(run, tmp_path):
     source = resolve_model(str(run))
     assert source.find_corpora(None) == run.parent / "prepared"
     assert source.find_corpora(str(tmp_path)) == tmp_path
@@ -176,9 +172,7 @@ def test_an_option_comes_before_the_run_and_the_run_before_the_usual_place(
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_command_about_a_run_needs_no_option(
-    command: Any, words: list[str], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_command_about_a_run_needs_no_option(command, words, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert command.main([*words, str(run)]) == 0
 

@@ -54,9 +54,7 @@ def test_partial_last_line_is_removed_before_the_next(tmp_path: Path) -> None:
         (['{"step": 1, "time": 1}'] * 900 + ['{"step": 9, "time": 2}'], 0, (9, 8.0)),
     ],
 )
-def test_pace_of_the_last_lines(
-    tmp_path: Path, lines: list[str], start: int, expected: tuple[int, float]
-) -> None:
+def test_pace_of_the_last_lines(tmp_path, lines, start, expected):
     path = tmp_path / "progress.jsonl"
     assert read_pace(path) == (0, 0.0)
     # A line that is being written has no end.
@@ -112,9 +110,7 @@ def test_full_disk_is_reported_by_path(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("reached", [10, 7])
-def test_progress_ends_with_the_training(
-    reached: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_progress_ends_with_the_training(reached, tmp_path, capsys):
     """Also if the training stops early, for example after a number of minutes."""
     (tmp_path / "trained.json").write_text("{}", encoding="utf-8")
     file = ProgressFile(tmp_path / "progress.jsonl")
@@ -136,9 +132,7 @@ def test_progress_ends_with_the_training(
     assert capsys.readouterr().err == "evaluating\n"
 
 
-def test_the_final_evaluation_has_a_bar_of_its_own(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_final_evaluation_has_a_bar_of_its_own(tmp_path, capsys):
     file = ProgressFile(tmp_path / "progress.jsonl")
     with follow_progress(tmp_path / "progress.jsonl", 2):
         file.append(step=0, losses="")

@@ -114,9 +114,7 @@ def evaluate(model: Path, data: Path, **corpora: str) -> dict[tuple[str, str], f
     return {(row["task"], row["metric"]): row["value"] for row in rows}
 
 
-def test_a_saved_model_records_its_tokenizer_and_the_names_of_its_outputs(
-    data: Path, tmp_path: Path
-) -> None:
+def test_a_saved_model_records_its_tokenizer_and_the_names_of_its_outputs(data, tmp_path):
     derive_corpus(data, "headings", "texts", tokenizer=tokenizer_entry("a" * 64))
     config = small_run(data, text_classification="texts", speech_recognition="syllables")
     config = replace(config, training=replace(config.training, steps=1))
@@ -143,9 +141,7 @@ def test_the_same_names_in_another_order_are_mapped(data: Path, model: Path) -> 
     ("task", "source", "names"),
     [(TASK, "headings", ["gut", "schlecht"]), (SPEECH, "syllables", [*SYMBOLS[:-1], "ß"])],
 )
-def test_other_names_are_rejected_with_both_lists(
-    task: str, source: str, names: list[str], data: Path, model: Path
-) -> None:
+def test_other_names_are_rejected_with_both_lists(task, source, names, data, model):
     derive_corpus(data, source, "other", names)
     with pytest.raises(UserError) as caught:
         evaluate(model, data, **{task: "other"})
@@ -188,9 +184,9 @@ def meet(place: str, run: Path, data: Path, other: Path) -> None:
     if place == "evaluate":
         evaluate(run / "model", other, text_classification="texts")
     elif place == "interpret":
-        find_measured_splits(model, other, [TASK], "test", corpora)  # type: ignore[arg-type]
+        find_measured_splits(model, other, [TASK], "test", corpora)
     elif place == "gradients":
-        measure_gradient_share(model, other, [TASK], corpora=corpora)  # type: ignore[arg-type]
+        measure_gradient_share(model, other, [TASK], corpora=corpora)
     elif place == "from":
         config = replace(small_run(other, text_classification="texts"), init_from=str(run))
         dry_run_init(config)
@@ -207,8 +203,8 @@ def meet(place: str, run: Path, data: Path, other: Path) -> None:
     "place", ["evaluate", "interpret", "gradients", "from", "bundle", "search"]
 )
 def test_another_tokenizer_is_rejected_with_the_command_that_repairs_it(
-    place: str, data: Path, texts: Path, run_root: Path
-) -> None:
+    place, data, texts, run_root
+):
     file = data / "tokenizer.json"
     other = other_texts(data, preprocessing={"reader": "folder"})
     with pytest.raises(UserError) as caught:
@@ -229,9 +225,7 @@ def test_a_given_tokenizer_of_this_project_keeps_its_digest(tmp_path: Path) -> N
     assert convert_tokenizer(file).encode() == file.read_bytes()
 
 
-def test_a_bundle_with_another_tokenizer_is_rejected(
-    data: Path, texts: Path, run_root: Path
-) -> None:
+def test_a_bundle_with_another_tokenizer_is_rejected(data, texts, run_root):
     folder = bundle.build_bundle(resolve_model(str(texts)), data, texts / "bundle")
     predictor = bundle.open_bundle(folder)
     assert predictor.tasks[TASK]["names"] == CLASSES
@@ -269,9 +263,7 @@ def tuned(data: Path, model: Path, task: str, corpus: str, outputs: int) -> Fine
         (SPEECH, "syllables", ["a", "b", "c", "d"]),
     ],
 )
-def test_a_head_of_other_names_starts_fresh_and_the_log_says_so(
-    task: str, source: str, names: list[str], data: Path, model: Path
-) -> None:
+def test_a_head_of_other_names_starts_fresh_and_the_log_says_so(task, source, names, data, model):
     derive_corpus(data, source, "other", names)
     config = tuned(data, model, task, "other", len(names))
     run = ResolvedRun(config)
@@ -295,8 +287,8 @@ def test_a_head_of_other_names_starts_fresh_and_the_log_says_so(
     [(TASK, "headings", CLASSES[::-1]), (SPEECH, "syllables", [*SYMBOLS[7:], *SYMBOLS[:7]])],
 )
 def test_a_head_of_the_same_names_moves_to_the_order_of_the_corpus(
-    task: str, source: str, names: list[str], data: Path, model: Path
-) -> None:
+    task, source, names, data, model
+):
     derive_corpus(data, source, "other", names)
     config = tuned(data, model, task, "other", len(names))
     report = dry_run_init(config)
@@ -328,9 +320,7 @@ def test_a_task_that_is_only_evaluated_needs_the_names_of_its_head(data: Path, m
         (["bad", "good"], r"tasks.text_classification: .*and its head is frozen"),
     ],
 )
-def test_a_frozen_head_needs_the_names_and_their_order(
-    names: list[str], message: str, data: Path, model: Path
-) -> None:
+def test_a_frozen_head_needs_the_names_and_their_order(names, message, data, model):
     """A growth finds changed bytes of a frozen file only after its training."""
     derive_corpus(data, "headings", "other", names)
     config = tuned(data, model, TASK, "other", len(names))

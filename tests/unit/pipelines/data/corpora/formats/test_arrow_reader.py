@@ -32,11 +32,7 @@ def test_a_text_that_is_not_utf8_costs_only_its_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "column",
-    [
-        pa.array([0, 2**62, 1], pa.timestamp("us")),
-        pa.array([0, 2**30, 1], pa.date32()),
-    ],
+    "column", [pa.array([0, 2**62, 1], pa.timestamp("us")), pa.array([0, 2**30, 1], pa.date32())]
 )
 def test_a_date_beyond_the_calendar_costs_only_its_row(tmp_path: Path, column: pa.Array) -> None:
     pq.write_table(pa.table({"text": ["a", "b", "c"], "t": column}), tmp_path / "rows.parquet")

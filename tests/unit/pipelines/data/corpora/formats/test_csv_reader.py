@@ -46,10 +46,7 @@ TEXTS: dict[str, tuple[str, list[tuple[int, Any]]]] = {
         '甲,a\n"乙,a\n丙,b\n己,"b"\n',
         [FIRST, (3, UNCLOSED_QUOTE)],
     ),
-    "a file that ends in a quoted field is cut": (
-        '甲,a\n乙,"b',
-        [FIRST, (3, TRUNCATED_LINE)],
-    ),
+    "a file that ends in a quoted field is cut": ('甲,a\n乙,"b', [FIRST, (3, TRUNCATED_LINE)]),
     "quoted fields hold line breaks and quotes": (
         '\n"甲\n\n乙 ""丙"", 丁",a\r\n戊,b',
         [(5, row('甲\n\n乙 "丙", 丁', "a")), (6, row("戊", "b"))],
@@ -96,9 +93,7 @@ def test_a_bad_header_rejects_the_file(tmp_path: Path) -> None:
     ["x" * 5000, '"' + "甲,a\n" * 1000, "\n" * 5000],
     ids=["line", "quoted-field", "empty-lines"],
 )
-def test_oversized_input_ends_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
-) -> None:
+def test_oversized_input_ends_the_file(tmp_path, monkeypatch, text):
     monkeypatch.setattr(record_reader, "MAX_LINE_BYTES", 2000)
     monkeypatch.setattr(record_reader, "MAX_EMPTY_LINES", 2000)
     first, (number, broken) = read(tmp_path, f"{HEAD}甲,a\n{text}\n乙,a\n", "rows.csv.gz")

@@ -27,10 +27,7 @@ GOOD, DOUBLE = '{"a": 1, "b": {"a": 2}}', '{"a": 1, "b": [{"c": 1, "c": 2}]}'
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [
-        ("rows.jsonl", f"{GOOD}\n{DOUBLE}\n{GOOD}\n"),
-        ("rows.json", f"[{GOOD},\n {DOUBLE}, {GOOD}]"),
-    ],
+    [("rows.jsonl", f"{GOOD}\n{DOUBLE}\n{GOOD}\n"), ("rows.json", f"[{GOOD},\n {DOUBLE}, {GOOD}]")],
 )
 def test_a_duplicate_field_costs_only_its_record(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8")
@@ -114,10 +111,7 @@ def test_data_after_an_array_is_reported(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text(json.dumps(ROWS[:2]) + "\n" + json.dumps(ROWS[2:]))
     *good, (number, last) = read_records(SourceDirectory(str(tmp_path)), "rows.json")
     assert [row for _, row in good] == ROWS[:2]
-    assert (number, last) == (
-        3,
-        BadRecord("data after the end of the JSON", truncates_file=True),
-    )
+    assert (number, last) == (3, BadRecord("data after the end of the JSON", truncates_file=True))
 
 
 def test_tnews_is_read_from_an_array(tmp_path: Path) -> None:
@@ -132,9 +126,7 @@ def test_tnews_is_read_from_an_array(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flood", [b"\0" * 5000, b"\n" * 5000, b" " * 5000])
-def test_oversized_input_ends_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flood: bytes
-) -> None:
+def test_oversized_input_ends_the_file(tmp_path, monkeypatch, flood):
     """A small file can decompress to a line, or to empty lines, of any length."""
     monkeypatch.setattr(directory, "MAX_LINE_BYTES", 2000)
     monkeypatch.setattr(directory, "MAX_EMPTY_LINES", 2000)
@@ -168,15 +160,9 @@ class EndlessEntry(io.RawIOBase):
 
 
 @pytest.mark.parametrize(
-    ("reader", "start"),
-    [
-        (read_json_arrays, b'{"images": ["'),
-        (read_json_lines, b'[{"text": "'),
-    ],
+    ("reader", "start"), [(read_json_arrays, b'{"images": ["'), (read_json_lines, b'[{"text": "')]
 )
-def test_memory_holds_one_entry_of_64_mib_at_most(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: Any, start: bytes
-) -> None:
+def test_memory_holds_one_entry_of_64_mib_at_most(tmp_path, monkeypatch, reader, start):
     """A file of some KiB can decompress to an entry without end."""
     limit = 64 * 2**20
     raw = EndlessEntry(start, 5 * limit)

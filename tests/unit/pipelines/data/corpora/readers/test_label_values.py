@@ -200,9 +200,7 @@ def test_each_shard_maps_its_numbers_by_its_own_names(tmp_path: Path) -> None:
         ([*NAMES, "more", "most"], r"more, most"),
     ],
 )
-def test_other_names_are_refused_with_both_files(
-    tmp_path: Path, other: list[str], message: str
-) -> None:
+def test_other_names_are_refused_with_both_files(tmp_path, other, message):
     parts: dict[str, Sequence[str] | None] = {"train": NAMES, "test": other}
     place = save_shards(tmp_path, parts)
     with pytest.raises(UserError, match=message) as caught:
