@@ -34,7 +34,6 @@ with tracker.running_server(["sh", "-c", {SERVER!r}], os.environ):
 
 def test_a_killed_process_leaves_no_server() -> None:
     with subprocess.Popen([sys.executable, "-c", STARTS], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
         # The server may print before its watcher knows of it; the watcher confirms by "in".
         said = {process.stdout.readline().strip() for _ in range(3)}
         try:
@@ -50,7 +49,6 @@ def test_a_server_that_does_not_listen_is_killed_and_so_is_what_it_left(monkeypa
     deaf = "trap '' TERM; sleep 1000 & echo $!; wait; sleep 1000"
     with tracker.running_server(["sh", "-c", deaf], os.environ, stdout=subprocess.PIPE) as server:
         # By a pipe: capfd's file, read while it is being written, loses what comes in between.
-        assert server.stdout is not None
         child = psutil.Process(int(server.stdout.readline()))
     server.stdout.close()
     assert server.returncode is not None
@@ -94,7 +92,6 @@ def test_the_pages_show_the_runs_and_leave_no_process(run_root: Path) -> None:
     with tracking.start_run("shown", None, where("skillnet")) as run:
         run.text("kept", "note.txt")
     process = start_python("-m", "skillnet_cluster.tracker", "--port", "0")
-    assert process.stdout is not None
     url, _, page = process.stdout.readline().strip().partition("/#/")
     assert page.startswith("experiments/")
     assert url.startswith("http://127.0.0.1:")

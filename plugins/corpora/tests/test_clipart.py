@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from pipelines.data.preprocessing.blocks import rows_to_table
-from plugins.corpora.tests.demo_archives import read_rows, require_real_archives, write_archive
+from plugins.corpora.tests.demo_archives import read_rows, write_archive
 from skillnet_corpora.study import clipart
 from skillnet_corpora.study.clipart import (
     CLIPART,
@@ -115,19 +115,3 @@ def test_a_drawing_that_cannot_be_drawn_is_rejected(tmp_path: Path) -> None:
     for field in corpus.columns:
         assert made[field.name].type.equals(field.type)
     assert 0 < made["pixels"][0].values.to_numpy().mean() < 255
-
-
-def test_the_real_clip_art_keeps_series_apart() -> None:
-    rows, rejected = read_rows(ClipartCorpus(), require_real_archives(ClipartCorpus()))
-    assert len(rows) + len(rejected) == 7_458
-    homes = defaultdict(set)
-    titles = defaultdict(set)
-    for row in rows.values():
-        home = "train" if row["split"] == "pretrain" else row["split"]
-        homes[row["unit"]].add(home)
-        titles[home].add(simplify_title(row["title"]))
-    assert {len(found) for found in homes.values()} == {1}
-    assert titles["train"] & titles["test"] == {""}
-    counts = Counter(row["label"] for row in rows.values() if row["label"] is not None)
-    assert len(counts) == len(TOPICS)
-    assert min(counts.values()) >= 60

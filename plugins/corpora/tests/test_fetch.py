@@ -286,11 +286,6 @@ def test_the_default_registry_is_the_public_one(registry: str) -> None:
         fetching.registry_url("tiny", {"registry": "file:///etc"})
 
 
-def test_a_user_error_exits_with_two_and_one_message(tmp_path: Path, capsys) -> None:
-    assert fetching.main(["heading", "--archives", str(tmp_path)]) == 2
-    assert "did you mean 'headings'" in capsys.readouterr().err
-
-
 def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path, corpus, no_network) -> None:
     (tmp_path / ".fetching-old").mkdir()
     (tmp_path / ".fetching-old" / "half").write_bytes(b"half")
@@ -302,11 +297,6 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path, corpus, no_networ
 
 CONTENT = tarred({"package/a.json": b"{}", "package/b/c.mp3": b"sound"})
 PIN = Archive("a-1.tgz", len(CONTENT), hashlib.sha256(CONTENT).hexdigest(), "npm", "a@1", "MIT")
-
-
-def test_the_pinned_file_is_accepted(tmp_path: Path) -> None:
-    (tmp_path / PIN.file).write_bytes(CONTENT)
-    assert check_archive(PIN, tmp_path) == tmp_path / PIN.file
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ has them.
 """
 
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,7 @@ import pytest
 from pipelines.data.corpora import DEMO, find_corpus, is_built_in
 from pipelines.data.preprocessing.blocks import rows_to_table
 from pipelines.data.shards.dataset import PreparedCorpus
-from plugins.corpora.tests.demo_archives import (
-    made_classification,
-    read_rows,
-    require_real_archives,
-    write_archive,
-)
+from plugins.corpora.tests.demo_archives import made_classification, read_rows, write_archive
 from skillnet_corpora.demo import functions, headings
 from skillnet_corpora.demo.drawings import DrawingsCorpus
 from skillnet_corpora.demo.functions import FunctionsCorpus
@@ -100,15 +95,6 @@ def test_unused_headings_join_the_split_of_their_subtree(tmp_path: Path, monkeyp
         "short heading repeated",
         "short heading of a subtree that is evaluated",
     }
-
-
-def test_the_real_headings_have_disjoint_subtrees() -> None:
-    rows, _ = read_rows(UnusedHeadingsCorpus(), require_real_archives(UnusedHeadingsCorpus()))
-    require_disjoint_units(rows)
-    assert Counter(row["split"] for row in rows.values()) == {
-        "train": 12_962, "validation": 1_696, "test": 2_569,
-        "pretrain": 14_901, "validation_more": 1_738, "test_more": 2_542,
-    }  # fmt: skip
 
 
 # --- functions
@@ -216,22 +202,6 @@ def test_pairs_are_of_functions_that_no_split_evaluates(tmp_path, monkeypatch):
     assert block["captions"].to_pylist() == [row["captions"] for row in list(pairs.values())[:2]]
 
 
-def test_the_real_packages_have_disjoint_modules() -> None:
-    archives = require_real_archives(FunctionPackagesCorpus())
-    rows, _ = read_rows(FunctionPackagesCorpus(), archives)
-    require_disjoint_units(rows)
-    sizes = Counter(row["split"] for row in rows.values())
-    assert (sizes["test"], sizes["validation"], sizes["test_unseen_package"]) == (532, 209, 212)
-    assert (sizes["train"], sizes[RESERVE]) == (4_403, 395)
-    evaluated = {
-        r["unit"] for r in rows.values() if r["split"].startswith(("test", "valid", RESERVE))
-    }
-    pairs = [row for row in rows.values() if row["split"] == PAIRS]
-    assert len(pairs) > 10_000
-    assert not evaluated & {row["unit"] for row in pairs}
-    assert {r["package"] for r in rows.values() if r["split"] == RESERVE} == {"tqsdk"}
-
-
 def test_english_functions_are_split_by_package_without_twins(tmp_path: Path) -> None:
     archives = EnglishFunctionsCorpus.archives
     for archive in archives:
@@ -265,16 +235,6 @@ def test_english_functions_are_split_by_package_without_twins(tmp_path: Path) ->
         "short": "docstring of fewer than 4 words",
         "chinese": "docstring of fewer than 4 words",
     }
-
-
-def test_the_real_english_packages_have_disjoint_modules() -> None:
-    archives = require_real_archives(EnglishFunctionsCorpus())
-    rows, _ = read_rows(EnglishFunctionsCorpus(), archives)
-    require_disjoint_units(rows)
-    sizes = Counter(row["split"] for row in rows.values())
-    assert sizes == {"train": 4_770, "validation": 241, "test": 501}
-    homes = {(row["package"], row["split"] == "train") for row in rows.values()}
-    assert len({package for package, _ in homes}) == len(homes) == 7
 
 
 # --- drawings
@@ -323,18 +283,6 @@ def test_the_third_artist_is_in_the_reserve_alone(tmp_path: Path) -> None:
     for row in added.values():
         is_unseen = split[row["group"]] == "test_unseen_concept"
         assert row["split"] == (RESERVE + "_unseen_concept" if is_unseen else RESERVE)
-
-
-def test_the_real_artists_keep_concepts_apart() -> None:
-    archives = require_real_archives(DrawingArtistsCorpus())
-    rows, _ = read_rows(DrawingArtistsCorpus(), archives)
-    sizes = Counter(row["split"] for row in rows.values())
-    assert (sizes["train"], sizes["test"], sizes["validation"]) == (3_008, 380, 120)
-    assert (sizes[RESERVE], sizes[RESERVE + "_unseen_concept"]) == (782, 87)
-    trained = {row["group"] for row in rows.values() if row["split"] == "train"}
-    for row in rows.values():
-        if row["source"] == "emojione":
-            assert (row["group"] in trained) == (row["split"] == RESERVE)
 
 
 # --- syllables
@@ -388,23 +336,6 @@ def test_voices_follow_the_split_of_the_pair(tmp_path: Path) -> None:
     assert rows["gcin-3/ㄢ3"]["split"] == "train"
     block, _ = rows_to_table(SyllableVoicesCorpus(), list(rows.values())[:2])
     assert block["speaker"].to_pylist() == ["cnchar", "cnchar"]
-
-
-def test_the_real_voices_train_no_pair_that_is_held_out() -> None:
-    archives = require_real_archives(SyllableVoicesCorpus())
-    rows, _ = read_rows(SyllableVoicesCorpus(), archives)
-    assert Counter(row["split"] for row in rows.values()) == {
-        "train": 1_869, "validation": 109, "test": 401, "validation_more": 82, "test_more": 291,
-        "reserve": 365, "reserve_trained_pair": 782,
-    }  # fmt: skip
-    pairs = defaultdict(set)
-    for row in rows.values():
-        pairs[row["split"]].add(tuple(split_pinyin(row["text"])))
-    assert not pairs["train"] & (pairs["test"] | pairs["validation"] | pairs[RESERVE])
-    assert pairs["test" + MORE] <= pairs["test"]
-    assert {r["split"] for r in rows.values() if r["speaker"] == "gcin-5"} == {
-        "reserve", "reserve_trained_pair"
-    }  # fmt: skip
 
 
 def test_a_page_of_search_credits_further_artists_and_voices() -> None:

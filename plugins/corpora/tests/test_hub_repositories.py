@@ -45,7 +45,6 @@ def test_images_with_class_names_in_sharded_splits(tmp_path: Path) -> None:
     }
     write_repository(tmp_path, columns, splits, shards=3)
     found = detect_reader(SourceDirectory(str(tmp_path)))
-    assert found is not None
     assert found[0] == "folder"
     corpus = open_external_corpus("mine", f"folder:{tmp_path}")
     assert (corpus.modality, corpus.task) == ("image", "image_classification")

@@ -34,7 +34,6 @@ def test_media_bytes_are_read_in_place(tmp_path: Path, object_store: ObjectStore
     parts = datasets.DatasetDict({"train": whole, "test": whole.select(range(3, 7))})
     parts.save_to_disk(str(tmp_path / "saved"))
     found = detect_reader(SourceDirectory(str(tmp_path / "saved")))
-    assert found is not None
     assert found[0] == "hf_dataset"
     corpus = open_external_corpus(
         "pictures", f"hf_dataset:{tmp_path / 'saved'}", {"validation": 0.0}

@@ -43,7 +43,6 @@ def test_more_seeds_find_smaller_differences(earlier: SystemComparison) -> None:
     assert found[3].detectable > found[6].detectable > found[24].detectable > 0
     # Units limit what seeds can do.
     by_seed = earlier.spreads[MEAN, "test"]
-    assert by_seed is not None
     assert found[24].error > (2 * by_seed.variance / 24) ** 0.5
     # "Higher" is shown by chance alone if both are equal.
     shown = simulate_claims([found[6]], claims("higher"))["it"]
@@ -58,7 +57,6 @@ def test_the_power_is_that_of_simulated_studies(earlier: SystemComparison) -> No
     replicates = {"skillnet": 8, "specialist": 8}
     (plan,) = plan_power(earlier, claims("not_lower", 0.02), replicates)
     spread = earlier.spreads[MEAN, "test"]
-    assert spread is not None
     over_units = plan.error**2 - 2 * spread.variance / 8
     random, shown, found, trials = np.random.default_rng(0), 0, 0, 1500
     for _ in range(trials):

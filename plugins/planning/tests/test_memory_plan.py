@@ -135,7 +135,6 @@ def test_weights_in_the_host_are_an_option_that_makes_a_run_fit() -> None:
     assert offloaded.optimizer == 2 * offloaded.weights
     assert offloaded.activations == plain.activations
     problem = describe_overflow(config, card_of(offloaded.total + 1))
-    assert problem is not None
     assert "--training.sharding host" in problem[1]
     given = replace(config, training=TrainingConfig(sharding="host"))
     assert RunPlanner(given, LARGE, 1).memory(tasks=()).fixed == offloaded.fixed
@@ -171,15 +170,12 @@ def test_a_run_that_does_not_fit_gets_the_option_that_makes_it_fit() -> None:
     enough = planner.memory(MemoryOptions(16, False)).total
     assert describe_overflow(config, LARGE) is None
     problem = describe_overflow(config, card_of(enough + 1))
-    assert problem is not None
     assert "GB on each small" in problem[0]
     assert problem[1] == "--training.micro_batch_size 16"
     with_layers = planner.memory(MemoryOptions(None, True)).total
     problem = describe_overflow(config, card_of(with_layers + 1))
-    assert problem is not None
     assert "--training." in problem[1]
     problem = describe_overflow(config, card_of(planner.memory().fixed))
-    assert problem is not None
     assert problem[1].startswith("a GPU with")
 
 

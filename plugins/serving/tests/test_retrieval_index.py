@@ -4,7 +4,6 @@ import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -118,20 +117,6 @@ def test_no_shard_is_opened_after_the_last_returned_caption(corpus, monkeypatch,
     assert bundle.read_known_captions(corpus, 2) == expected[:2]
     assert len(opened) == 1
     assert "choose among the first ones only" in capsys.readouterr().err
-
-
-def test_captions_are_embedded_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle, "BATCH_CAPTIONS", 4)
-    sizes: list[int] = []
-
-    def embed_texts(task: str, texts: list[str]) -> np.ndarray:
-        sizes.append(len(texts))
-        return np.array([[float(text)] for text in texts])
-
-    predictor = SimpleNamespace(embed_texts=embed_texts)
-    vectors = bundle.embed_captions(predictor, "x", [str(n) for n in range(10)])
-    assert vectors[:, 0].tolist() == list(range(10))
-    assert sizes == [4, 4, 2]
 
 
 def test_a_search_above_the_memory_limit_names_a_split(place, corpus, run_root, monkeypatch):

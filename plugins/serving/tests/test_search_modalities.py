@@ -32,10 +32,8 @@ from pipelines.training.runs.model_source import resolve_model
 from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan, Task, default_tasks, known_tasks
 from skillnet_corpora.demo.strokes import draw_pen_paths
-from skillnet_platform import console
-from skillnet_platform.console import ProgressCounter
 from skillnet_platform.errors import UserError
-from skillnet_serving.retrieval.corpus_search import CorpusSearch, choose_search_task
+from skillnet_serving.retrieval.corpus_search import choose_search_task
 from skillnet_serving.search import SearchConfig, read_query, search_corpus, show_search
 from tests.helpers.readable_corpora import STROKES, config, write_corpora
 from tests.helpers.video_files import encode_video
@@ -230,21 +228,6 @@ def test_a_function_with_inner_functions_is_one_query(source, data, tmp_path, sa
     assert row.tolist() == functions[0][1].tolist()
 
 
-def test_an_unusable_query_is_refused_before_rows_are_embedded(
-    data, tmp_path, save_run, monkeypatch
-):
-    run = save_run({"coded": retrieval("code"), "seen": retrieval("image")},
-                   {"coded": "functions", "seen": "drawings"})  # fmt: skip
-    embedded: list[str] = []
-    monkeypatch.setattr(CorpusSearch, "embed_rows", lambda *given: embedded.append(""))
-    for name, content in (("a.py", b"def f(): pass\ndef g(): pass\n"), ("b.py", b"x = 1"),
-                          ("c.py", b"def"), ("d.png", b"\x89PNG broken")):  # fmt: skip
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=name):
-            search_corpus(SearchConfig([], str(tmp_path / name), model=run, data=str(data)))
-    assert embedded == []
-
-
 def test_a_query_of_another_language_is_doubted(data, tmp_path, save_run, capsys):
     run = save_run({"searched": retrieval("image")}, {"searched": "drawings"})
     captions = open_corpus(data / "drawings").splits["test"].table()["captions"].to_pylist()
@@ -258,33 +241,6 @@ def test_a_query_of_another_language_is_doubted(data, tmp_path, save_run, capsys
         assert found.caution in page.read_text(encoding="utf-8")
         show_search(found)
         assert found.caution in " ".join(capsys.readouterr().err.split())
-
-
-def test_progress_of_an_index_counts_to_the_number_of_rows(data, save_run, capsys):
-    run = save_run({"searched": retrieval("image")}, {"searched": "drawings"})
-    totals: list[tuple[int, int | None]] = []
-
-    class Counter(ProgressCounter):
-        def advance(self, count: int = 1, words: str | None = None) -> None:
-            super().advance(count, words)
-            totals.append((self.done, self.total))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(console, "ProgressCounter", Counter)
-        patch.setattr(InferenceRunner, "__init__", small_batches(InferenceRunner.__init__))
-        found = search_corpus(SearchConfig(["红色"], model=run, data=str(data)))
-    assert {total for _, total in totals} == {found.searched}
-    assert totals[-1][0] == found.searched
-    # It moves within a split, which may take minutes.
-    assert len({done for done, _ in totals}) > len(open_corpus(data / "drawings").splits) + 1
-
-
-def small_batches(make: Callable[..., None]) -> Callable[..., None]:
-    def make_small(self: InferenceRunner, *given: object, **more: object) -> None:
-        make(self, *given, **more)
-        self.max_batch_rows = 4
-
-    return make_small
 
 
 def test_rows_without_captions_cannot_be_ranked_by_them(tmp_path, save_run):

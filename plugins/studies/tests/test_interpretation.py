@@ -72,14 +72,11 @@ def test_every_change_of_a_plan_is_listed_once() -> None:
         ("a", "d"), ("b", "c"), ("b", "d"), ("c", "b"), ("c", "d"),
     }  # fmt: skip
     left = found[REMOVE, "a", ""]
-    assert left is not None
     assert left.towers["query"] == SkillPlan(("b",))
     swapped = found[SWAP, "b", "c"]
-    assert swapped is not None
     assert swapped.towers["query"].skills == ("a", "c")
     assert swapped.towers["candidate"].skills == ("a", "c")
     put = found[ADD, "d", ""]
-    assert put is not None
     assert all("d" in plan.skills for plan in put.towers.values())
     alone = Task("classification", {"input": SkillPlan(("a",))}, 3)
     assert next(iter(list_plan_changes(alone, "ab"))).task is None

@@ -140,7 +140,6 @@ def test_each_system_tunes_the_rates_of_pretraining_and_run() -> None:
     assert tuning["long"].settings == tuning["skillnet"].settings
     assert [len(each.trials) for each in tuning.values()] == [10, 16, 0]
     final = build_final_trial(config, "pretrained", tuning["pretrained"].settings, 1)
-    assert final.pretrain is not None
     rates = (final.pretrain.training.lr, final.config.training.lr)
     assert rates == (pytest.approx(7e-4), pytest.approx(5e-4))
     assert build_final_trial(config, "long", {}, 1).config.training.steps == 36

@@ -70,7 +70,6 @@ def test_folds_of_one_system_are_compared_replicate_by_replicate(tmp_path: Path)
         "specialist": 8,
     }
     test = found.find_test("specialist", "skillnet", MEAN)
-    assert test is not None
     assert test.difference.dof == 7
     assert test.difference.high < 0
     report = build_report(found, "x")

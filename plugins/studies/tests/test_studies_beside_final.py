@@ -90,7 +90,6 @@ def test_longer_arms_differ_from_the_runs_of_rates_only_in_their_steps(name, suf
         assert own["training.steps"] == steps
     # The control has as many steps as pretraining and run together.
     pretrained = others["skillnet-pretrained-fold0-seed0"]
-    assert pretrained.pretrain is not None
     assert pretrained.pretrain.training.steps == 2200
 
 

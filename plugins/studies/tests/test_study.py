@@ -96,12 +96,10 @@ def test_a_system_sets_keys_of_its_pretraining():
     own = SystemConfig("skillnet", pretrain=True, set={"pretraining.training.lr": 0.007})
     config = replace(study(pretraining=PretrainConfig()), systems={"own": own})
     trial = st.build_final_trial(config, "own", {}, 0)
-    assert trial.pretrain is not None
     assert trial.pretrain.training.lr == 0.007
     assert trial.config.training.lr == config.run.training.lr
     # A tuned rate goes before a given one.
     tuned = st.build_final_trial(config, "own", {"pretraining.training.lr": 0.001}, 0).pretrain
-    assert tuned is not None
     assert tuned.training.lr == 0.001
     wrong = replace(own, set={"pretraining.training.rate": 0.1})
     with pytest.raises(UserError, match=r"systems\.own\.set: pretraining.*rate"):

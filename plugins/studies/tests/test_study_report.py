@@ -29,7 +29,7 @@ from skillnet_studies.analysis.finished_runs import compare_runs, label_runs, re
 from skillnet_studies.config.study import StudyConfig
 from skillnet_studies.interpret import InterpretConfig
 from skillnet_studies.report import report as report_report
-from skillnet_studies.report.report import ComparisonReport, render_template, write_report
+from skillnet_studies.report.report import ComparisonReport, write_report
 from skillnet_studies.study.tuning import TuningResult
 from tests.helpers.synthetic_runs import TASKS, paper_claims, write_study
 
@@ -114,13 +114,6 @@ def test_external_text_is_escaped(folders: list[Path], tmp_path: Path):
     assert all(target.startswith(("#", "data:")) for target in found.targets)
     with (tmp_path / "summary.csv").open(encoding="utf-8", newline="") as stream:
         assert {row["system"] for row in csv.DictReader(stream)} == set(names)
-
-
-def test_a_template_with_a_missing_value_fails():
-    from jinja2 import UndefinedError
-
-    with pytest.raises(UndefinedError):
-        render_template("report.html", {})
 
 
 def test_files_agree_with_the_comparison(written: ComparisonReport):

@@ -49,10 +49,8 @@ def test_an_empty_disk_restores_the_ledger_without_models(object_store, tmp_path
     assert (there / "trials/proposed.jsonl").read_text() == '{"lr": 1}\n'
     again = LedgerEntry(here.trial, there / "trials/000", here.mirror)
     settled = again.load_settled()
-    assert settled is not None
     assert (settled.status, settled.score, settled.step) == ("stopped", 0.4, 4)
     assert settled.run_id == "known"
-    assert settled.log is not None
     assert settled.log.read_text() == "said"
     assert not (again.folder / "checkpoints").exists()
 
@@ -72,7 +70,6 @@ def test_driver_files_are_kept_and_trial_logs_are_downloaded(object_store, tmp_p
     assert len(read_reports(here.folder)) == 1
     assert (here.folder / "log.txt").read_text() == "of this one"
     finished = here.build_outcome("finished").result
-    assert finished is not None
     assert finished["model"] == str(here.folder / "model")
 
 
@@ -93,7 +90,6 @@ def test_a_sweep_resolves_its_directory_and_mirror(run_root: Path, tmp_path: Pat
         SweepConfig(name="a", run_dir="s3://bucket/runs", space=SPACE)
     )
     assert (folder, config.run_dir) == (run_root / "a", "s3://bucket/runs")
-    assert mirror is not None
     assert mirror.uri == "s3://bucket/runs/a"
     _, folder, mirror = _resolve_config(
         SweepConfig(name="a", run_dir=f"file://{tmp_path}/b", space=SPACE)

@@ -207,7 +207,6 @@ def run_guided(source: OptunaSource, count: int = 24, concurrent: int = 1) -> li
     live: list[Trial] = []
     while len(points) < count:
         trial = source.next_trial()
-        assert trial is not None
         points.append(dict(trial.settings))
         live.append(trial)
         if len(live) == concurrent and len(points) < count:
@@ -359,25 +358,6 @@ def end_trial(source: OptunaSource, trial: Trial) -> None:
     source.record_outcome(
         TrialOutcome(trial.name, trial.group, Path(), "finished", {"step": 1}, [report])
     )
-
-
-def test_a_resumed_sweep_of_a_small_space_draws_the_same_points(tmp_path: Path) -> None:
-    def propose(folder: Path, most: int) -> list[dict[str, Any]]:
-        folder.mkdir(exist_ok=True)
-        made = space({"model.num_layers": {"integer": [1, 12]}})
-        source = OptunaSource(made, 11, [0], 0, lambda config: config, folder)
-        points = []
-        while len(points) < most and (trial := source.next_trial()) is not None:
-            points.append(dict(trial.settings))
-            end_trial(source, trial)
-        return points
-
-    wanted = propose(tmp_path / "whole", 99)
-    assert len({each["model.num_layers"] for each in wanted}) == 11
-    for killed_after in (3, 9, 10):
-        folder = tmp_path / str(killed_after)
-        assert propose(folder, killed_after) == wanted[:killed_after]
-        assert propose(folder, 99) == wanted
 
 
 def test_a_huge_space_is_not_listed() -> None:

@@ -1,10 +1,8 @@
 """Bundles: wrong values have a message, damaged caches are built again, requests are parallel."""
 
-import hashlib
 import io
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -106,21 +104,6 @@ def test_change_of_the_manifest_that_fits_its_schema_is_noticed(place, tmp_path)
         for read in (read_bundle_manifest, lambda path: model_source.resolve_model(str(path))):
             with pytest.raises(UserError, match="was altered: it does not fit its digest"):
                 read(folder)
-
-
-def test_weights_are_hashed_once(place: ServedPlace, monkeypatch: pytest.MonkeyPatch) -> None:
-    hashed: Counter[str] = Counter()
-    digest = hashlib.file_digest
-
-    def count(file: Any, kind: Any) -> Any:
-        hashed[Path(file.name).name] += 1
-        return digest(file, kind)
-
-    monkeypatch.setattr(hashlib, "file_digest", count)
-    bundle.open_predictor(model_source.resolve_model(str(place.bundle)), None)
-    listed = {path.name for path in place.bundle.iterdir()} - {"manifest.json"}
-    assert hashed.keys() == listed
-    assert {count for name, count in hashed.items() if name.endswith(".safetensors")} == {1}
 
 
 def test_tokenizer_with_tokens_beyond_the_vocabulary_is_rejected(place, tmp_path):

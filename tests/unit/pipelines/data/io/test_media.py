@@ -5,7 +5,6 @@ import os
 import tarfile
 import tracemalloc
 from pathlib import Path
-from typing import IO
 
 import fsspec
 import pyarrow as pa
@@ -54,25 +53,6 @@ def test_members_of_a_compressed_tar_are_read_in_any_order(tmp_path: Path) -> No
     names = ["S0002/2.wav", "S0002/4.wav", "S0002/1.wav", "S0002/9.wav", "S0002/5.wav"]
     found = read(*(MediaRef(str(path), member=name) for name in names))
     assert found == [b"\2" * 9, b"\4" * 9, b"\1" * 9, "not in its archive", b"\5" * 9]
-
-
-def test_next_block_continues_a_compressed_tar(tmp_path, monkeypatch):
-    """Ten blocks of one archive decompress it once, and not ten times from its start."""
-    path = tmp_path / "S0002.tar.gz"
-    path.write_bytes(tarred({f"{n}.wav": os.urandom(900) for n in range(20)}))
-    opened = []
-
-    def noting(name: str) -> IO[bytes]:
-        opened.append(name)
-        return Path(name).open("rb")
-
-    monkeypatch.setattr(media, "open_stream", noting)
-    for n in range(0, 20, 2):
-        found = read(*(MediaRef(str(path), member=f"{m}.wav") for m in (n, n + 1)))
-        assert [len(each) for each in found] == [900, 900]
-    assert opened == [str(path)]
-    path.write_bytes(tarred({"20.wav": b"another"}))
-    assert read(MediaRef(str(path), member="20.wav")) == [b"another"]
 
 
 def flooded(folder: Path) -> Path:

@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.data.io import media
 from pipelines.data.io.media import MediaRef
 from skillnet_platform.storage.retry import StoreUnavailableError
 from tests.unit.pipelines.data.io.test_media import read
@@ -39,27 +38,6 @@ def test_rows_are_read_in_any_order(tmp_path: Path, nested: bool) -> None:
     found = read(*(cell(tmp_path / "a.parquet", row) for row in order))
     assert found == [cells[row] for row in order]
     assert read(cell(tmp_path / "a.parquet", 0)) == ["no media file"]
-
-
-def test_next_block_continues_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.parquet"
-    path.write_bytes(parquet([bytes([n]) * 9 for n in range(20)]))
-    opened = []
-    open_stream = media.open_stream
-
-    def noting(name: str) -> object:
-        opened.append(name)
-        return open_stream(name)
-
-    monkeypatch.setattr(media, "open_stream", noting)
-    for row in range(0, 20, 2):
-        assert read(cell(path, row), cell(path, row + 1)) == [
-            bytes([row]) * 9,
-            bytes([row + 1]) * 9,
-        ]
-    assert opened == [str(path)]
-    path.write_bytes(parquet([b"another"] * 20))
-    assert read(cell(path, 19)) == [b"another"]
 
 
 def test_unreadable_media_state_the_reason(tmp_path: Path) -> None:

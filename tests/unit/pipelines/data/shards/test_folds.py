@@ -59,15 +59,6 @@ def test_each_row_is_tested_once_and_no_unit_is_in_two_splits(data: Path, name: 
     assert sorted(tested) == pool
 
 
-def test_a_fold_is_computed_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fold = FoldConfig(FOLDS, 0, 0.3)
-    first = open_fold(open_corpus(data / "headings"), fold)
-    monkeypatch.setattr(FoldConfig, "find_split", lambda *names: pytest.fail("computed again"))
-    again = open_fold(open_corpus(data / "headings"), replace(fold))
-    for split in first.splits:
-        assert read_keys(again, split) == read_keys(first, split)
-
-
 def test_a_reserve_is_in_no_split_of_any_fold(data: Path) -> None:
     corpus = open_corpus(data / "functions")
     reserve = FoldConfig(FOLDS, 0, 0.3, reserve_part=True, reserve_units={"functions": ["unit 1*"]})

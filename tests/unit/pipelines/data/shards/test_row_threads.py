@@ -43,17 +43,6 @@ def test_an_error_in_a_thread_is_raised(cores: int) -> None:
         map_row_slices(64, fail)
 
 
-def test_row_threads_do_not_exceed_torch_threads() -> None:
-    before = row_threads._limit
-    try:
-        row_threads.limit_row_threads(1)
-        seen = []
-        map_row_slices(640, seen.append)
-        assert seen == [slice(0, 640)]
-    finally:
-        row_threads.limit_row_threads(before)
-
-
 def test_augmentation_does_not_depend_on_the_number_of_threads(cores: int) -> None:
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (37, 20, 20, 3), np.uint8)

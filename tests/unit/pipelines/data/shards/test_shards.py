@@ -1,7 +1,6 @@
 """Shards open in three libraries, and altered shards are detected."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import polars
 import pyarrow as pa
 import pytest
 
-from benchmarks.reader_memory import write_sharded_corpus
 from pipelines.data.shards.dataset import open_corpus, verify_corpus
 from pipelines.data.shards.format import (
     SHARD_TABLE,
@@ -110,20 +108,6 @@ def test_missing_shard_is_reported(corpus: Path) -> None:
     (corpus / "train-00001.arrow").unlink()
     with pytest.raises(UserError, match=r"train-00001\.arrow: this shard is missing"):
         open_corpus(corpus)
-
-
-def test_opening_makes_no_object_of_each_shard(tmp_path: Path) -> None:
-    blocks = []
-    for count in (30, 30, 3_000):
-        place = tmp_path / f"{len(blocks)}"
-        write_sharded_corpus(place, count)
-        before = sys.getallocatedblocks()
-        split = open_corpus(place).splits["train"]
-        assert (split.rows, len(split.shards.starts)) == (1_000 * count, count + 1)
-        blocks.append(sys.getallocatedblocks() - before)
-        assert split.shards[-1]["number"] == count - 1
-        assert split.shards[1:3] == list(split.shards)[1:3]
-    assert blocks[2] - blocks[1] < 300
 
 
 TABLE_CHANGES: dict[str, tuple[Callable[[pa.Table], pa.Table], str]] = {

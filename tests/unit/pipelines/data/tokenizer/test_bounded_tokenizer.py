@@ -9,7 +9,6 @@ import pytest
 
 from pipelines.data.tokenizer import guarded_loader
 from pipelines.data.tokenizer.guarded_loader import (
-    KNOWN_PATTERNS,
     BoundedTokenizer,
     largest_token_id,
     parse_tokenizer,
@@ -90,13 +89,3 @@ def test_ids_are_those_of_the_library(text: str, monkeypatch: pytest.MonkeyPatch
 def test_a_pattern_that_the_library_rejects_is_an_error_when_the_tokenizer_is_read(text):
     with pytest.raises(ValueError, match=r"[Rr]egex|group|parenthesis"):
         parse_tokenizer(with_pattern(text, "pre_tokenizer", "(a"))
-
-
-@pytest.mark.parametrize("pattern", sorted(KNOWN_PATTERNS))
-def test_known_patterns_need_no_child(text, pattern, monkeypatch):
-    def forbid(*_: object, **__: object) -> None:
-        raise AssertionError("a child process")
-
-    monkeypatch.setattr(guarded_loader, "decode_media", forbid)
-    made = parse_tokenizer(with_pattern(text, "pre_tokenizer", pattern))
-    assert encode_texts(made, ["red"], 9).to_pylist() != [[]]

@@ -67,18 +67,3 @@ def test_tokenizer_of_the_store_replaces_a_local_leftover(uri: str, tmp_path: Pa
         assert (here / TOKENIZER).read_bytes() == new.read_bytes()
         assert not (here / TOKENIZER_MANIFEST).exists(), "it speaks of the old one"
     assert directories.read_bytes(f"{uri}/{TOKENIZER}") == new.read_bytes()
-
-
-def test_shared_files_are_uploaded_once(uri, tmp_path, monkeypatch):
-    sent: list[str] = []
-    put_file = directories.put_file
-    monkeypatch.setattr(
-        directories, "put_file", lambda path, to: sent.append(to) or put_file(path, to)
-    )
-    learnt(tmp_path / TOKENIZER, "苹果")
-    remote_staging.upload_shared_files(tmp_path, uri)
-    remote_staging.upload_shared_files(tmp_path, uri)
-    assert sent == [f"{uri}/{TOKENIZER}"]
-    learnt(tmp_path / TOKENIZER, "桌子")
-    remote_staging.upload_shared_files(tmp_path, uri)
-    assert len(sent) == 2

@@ -47,11 +47,9 @@ def test_a_new_modality_adds_a_stem_that_also_trains_without_the_skill(tmp_path,
     settings.training.trainable = new
     settings.run_dir = str(tmp_path)
     other = runs.build_reference_config("without_skill", config, settings, source, tmp_path)
-    assert other is not None
     assert other.training.trainable == ["head-counting", "stem-tubelet"]
     assert other.model.tasks["counting"].skills == ("general", "video")
     fresh = runs.build_reference_config("fresh", config, settings, source, tmp_path)
-    assert fresh is not None
     assert (fresh.init_from, fresh.training.trainable, list(fresh.trained)) == (
         None,
         [],

@@ -107,7 +107,6 @@ def test_sequences_of_a_batch_have_similar_lengths(data: Path) -> None:
     stream = ResolvedRun(small_config(data)).dataloader
     rows = stream.datasets["text_classification"]
     lengths = rows.row_lengths(np.arange(rows.num_rows))
-    assert lengths is not None
     steps = [s for s in range(400) if stream.batch_spec(s).task == "text_classification"]
     spread = np.mean([np.ptp(lengths[stream.batch_spec(step).rows]) for step in steps])
     random = np.random.default_rng(0)

@@ -13,7 +13,6 @@ from pipelines.training.loading.dataloader import MultiTaskDataLoader
 from pipelines.training.loop.resolved_run import ResolvedRun
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
-from skillnet_platform.storage.cache import CacheKey, FileCache
 from tests.helpers.small_corpora import small_config, write_corpora
 from tests.unit.pipelines.data.shards.test_remote_corpora import same
 
@@ -69,18 +68,6 @@ def test_corrupt_shard_is_reported_before_its_rows_are_used(store, data, monkeyp
     assert 1 <= asked.count(place) <= 2
     directories.write_bytes(place, good)
     same(ResolvedRun(config_of(data, shuffle_gb=1e-9)).dataloader, stream, range(7, 12))
-
-
-def test_complete_shuffle_prefetches_shards_in_order_of_use(store, data, monkeypatch):
-    wanted: list[CacheKey] = []
-    monkeypatch.setattr(FileCache, "prefetch", lambda self, more: wanted.extend(more))
-    stream = ResolvedRun(config_of(store)).dataloader
-    stream.batch(0)
-    shards = open_corpus(data / "drawings").splits["train"].shards
-    numbers = {shard["sha256"]: number for number, shard in enumerate(shards)}
-    rows = np.concatenate([stream.batch_spec(step).rows for step in range(10)])
-    needed = list(dict.fromkeys((rows // 10).tolist()))
-    assert [numbers[one.sha256] for one in wanted[:6]] == needed
 
 
 def test_cache_must_hold_the_corpus_once(store: str) -> None:

@@ -97,12 +97,6 @@ def test_every_row_occurs_once_per_epoch_for_any_size(rows, batch, window, bucke
         assert sorted(flat[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
 
 
-def test_generator_keys() -> None:
-    draws = [keyed_rng(*key).random() for key in [(1, 2), (2, 1), (1, "a"), (1, "b"), (1,)]]
-    assert len(set(draws)) == len(draws)
-    assert keyed_rng(1, "a").random() == draws[2]
-
-
 def make(
     rows: list[int], batch: int, limit: float, bucketed: bool = False
 ) -> WindowedShuffleSampler:
@@ -314,19 +308,6 @@ def loader(data: Path, batch_size: int, groups: int) -> MultiTaskDataLoader:
     config.tasks = {name: replace(config.tasks[name], batch_size=batch_size)}
     corpora = open_corpora(config)
     return MultiTaskDataLoader(corpora, config.tasks, config.model, seed=0, shard_groups=groups)
-
-
-def test_a_rank_opens_only_the_shards_of_its_groups(data: Path) -> None:
-    whole = loader(data, 8, 2)
-    table = whole.datasets["text_classification"].shard_table
-    assert len(table.rows) == 2
-    ranks = [loader(data, 8, 2) for _ in range(2)]
-    for step in range(5):
-        rows = [stream.batch(step, rank, 2).rows for rank, stream in enumerate(ranks)]
-        assert np.array_equal(np.concatenate(rows), whole.batch(step).rows)
-    opened = [set(stream.datasets["text_classification"].shard_table._open) for stream in ranks]
-    assert sorted(map(len, opened)) == [1, 1]
-    assert opened[0] != opened[1]
 
 
 def test_groups_that_do_not_fit_are_explained(data: Path) -> None:

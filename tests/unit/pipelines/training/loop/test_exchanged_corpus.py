@@ -74,14 +74,6 @@ def test_a_checkpoint_does_not_load_on_an_exchanged_corpus(data: Path, run_root:
         train_model(ResolvedRun(unpinned, run.folder))
 
 
-def test_a_worker_rejects_another_corpus_on_its_disk(data: Path, run_root: Path) -> None:
-    run = start(data, run_root)
-    before, after = exchange(data)
-    # A worker receives the configuration of the driver and opens its own corpora.
-    with pytest.raises(UserError, match=f"is {after}, and corpora.headings is {before}"):
-        _ = ResolvedRun(run.config, run.folder).corpora
-
-
 def test_a_new_run_on_the_new_corpus_takes_its_digest(data: Path, run_root: Path) -> None:
     run = start(data, run_root)
     _, after = exchange(data)
@@ -119,7 +111,6 @@ def test_a_run_records_the_corpora_of_its_initial_weights(data: Path, run_root: 
     config = replace(small_config(data), name="second", init_from=str(first.folder))
     second = resolve_run(config)
     report = dry_run_init(second.config)
-    assert report is not None
     assert report.to_dict()["corpora"] == before
     assert second.config.corpora != before
 

@@ -203,24 +203,6 @@ def test_average_follows_and_swaps_back() -> None:
     assert float(layer.weight.detach()[0, 0]) == 3.0
 
 
-def test_a_step_touches_and_counts_its_own_weights_alone() -> None:
-    weights = [nn.Parameter(torch.ones(2, 2)) for _ in range(3)]
-    named = [(f"layer.{number}.weight", weight) for number, weight in enumerate(weights)]
-    optimizer = build_optimizer(named, TrainingConfig(weight_decay=0.1, lr=0.1))
-    for weight in weights:
-        weight.grad = torch.ones(2, 2)
-    before = [weight._version for weight in weights]
-    update_weights(optimizer, named[1:2], 1.0)
-    assert [weight._version > old for weight, old in zip(weights, before, strict=True)] == [
-        False,
-        True,
-        False,
-    ], "the fused update of torch counts no change"
-    assert list(optimizer.state) == weights[1:2]
-    assert [weight.grad is None for weight in weights] == [False, True, False]
-    assert [len(group["params"]) for group in optimizer.param_groups] == [3, 0]
-
-
 STEP = """
 import sys
 import torch

@@ -4,32 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.data.shards import dataset
 from pipelines.training.loop.loop import train_model
 from pipelines.training.loop.resolved_run import ResolvedRun, resolve_run
 from pipelines.training.loop.run import find_finished_result, validate_run
-from pipelines.training.runs import identity
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_config
-
-
-def test_each_corpus_is_opened_once_from_the_command_to_the_last_step(data, run_root, monkeypatch):
-    opened: list[str] = []
-    original = dataset.open_corpus
-
-    def open_corpus(place: Path, **options: object) -> dataset.PreparedCorpus:
-        opened.append(Path(place).name)
-        return original(place, **options)
-
-    monkeypatch.setattr(dataset, "open_corpus", open_corpus)
-    monkeypatch.setattr(identity, "open_corpus", open_corpus)
-    config = small_config(data, steps=2)
-    run = resolve_run(config)
-    assert find_finished_result(run) is None
-    validate_run(run)
-    result = train_model(run)
-    assert (result.step, result.to_dict()["precision"]) == (2, "fp64")
-    assert sorted(opened) == sorted({task.corpus for task in config.tasks.values()})
 
 
 def test_a_missing_corpus_is_an_error_only_when_it_is_needed(data: Path, run_root: Path) -> None:

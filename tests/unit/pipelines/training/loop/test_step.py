@@ -4,7 +4,6 @@ import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,11 +14,8 @@ from pipelines.training.loop.gradient_sync import GradientSync
 from pipelines.training.loop.resolved_run import ResolvedRun, build_joint_run
 from pipelines.training.loop.setup import build_model, trainable_parameters
 from pipelines.training.loop.step import backward_step, count_parts, split_batch
-from skillnet import skill_weights
-from skillnet.layers import SkillWeights
 from skillnet.multitask_model import TaskModel
-from skillnet.precision import ComputePrecision, assume_gpu, choose_precision
-from skillnet.skill_weights import merge_rounded
+from skillnet.precision import choose_precision
 from skillnet.skills import default_tasks, masked_tasks
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_config, small_pretraining, write_corpora
@@ -107,36 +103,6 @@ def test_a_part_repeats_its_dropout_in_the_second_pass(data, monkeypatch):
     assert len(first) == -(-len(batch.rows) // 3)
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
-
-
-def test_all_passes_of_a_step_share_one_merge(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both towers, and both passes of each micro-batch, as on a GPU."""
-    config = small_config(data)
-    batch = batch_for(config, "text_to_image")
-    _, exact = gradients_of(config, batch, None)
-    merges: list[Any] = []
-
-    def count(*arguments: Any) -> Any:
-        merges.append(arguments)
-        return merge_rounded(*arguments)
-
-    monkeypatch.setattr(skill_weights, "merge_rounded", count)
-    torch.manual_seed(0)
-    model = build_model(config).train()
-    config.training.micro_batch_size = 3
-    sync = GradientSync(trainable_parameters(model, config), 1, 1e6)
-    rounded = ComputePrecision("bf16", PRECISION.device)
-    batch = batch.to(PRECISION.device, torch.float32)
-    with assume_gpu():
-        backward_step(model, batch, rounded, config, sync)
-    owners = [module for module in model.modules() if isinstance(module, SkillWeights)]
-    assert len(merges) == len(owners)
-    ours, theirs = (
-        torch.cat([p.grad.double().flatten() for p in each.parameters() if p.grad is not None])
-        for each in (model, exact)
-    )
-    assert torch.cosine_similarity(ours, theirs, dim=0) > 0.99
-    assert 0.95 < ours.norm() / theirs.norm() < 1.05
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])

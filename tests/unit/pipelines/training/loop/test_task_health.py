@@ -160,7 +160,6 @@ def test_a_run_counts_the_steps_of_the_model_that_it_starts_from(data, tmp_path)
 def test_a_healthy_run_keeps_the_content_of_its_checkpoints(data: Path, tmp_path: Path) -> None:
     result = train_model(ResolvedRun(small_config(data), tmp_path / "run"))
     found = checkpoints.find_newest(tmp_path / "run" / "checkpoints")
-    assert found is not None
     assert found.state.keys() == {"step", "seed", "steps", "config_digest"}
     assert resolve_model(str(found.path)).untrained == {}
     counts = {name: TaskCounts(**each) for name, each in result.tasks.items()}

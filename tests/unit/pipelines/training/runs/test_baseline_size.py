@@ -4,11 +4,7 @@ import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import pytest
-
-from pipelines.training.loop import run_evaluation
 from pipelines.training.loop.resolved_run import resolve_run
 from pipelines.training.loop.run import validate_run
 from pipelines.training.loop.run_evaluation import evaluate_run, find_size_mismatch
@@ -60,7 +56,6 @@ def test_a_mismatch_is_a_warning_of_the_run_and_a_line_of_its_plan(tmp_path, run
     assert find_size_mismatch(config.joint()) is None
     wide = dataclasses.replace(config, options={"ffn_dim": 200})
     words = find_size_mismatch(wide.joint())
-    assert words is not None
     assert words.startswith("the layers of dense miss SkillNet's size by +")
     assert "% activated parameters" in words
     assert words.endswith("on average over " + ", ".join(default_tasks()))
@@ -71,25 +66,6 @@ def test_a_mismatch_is_a_warning_of_the_run_and_a_line_of_its_plan(tmp_path, run
     assert "of dense miss" in json.loads(capsys.readouterr().out)["size_mismatch"]
     assert main([*said, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["size_mismatch"] == ""
-
-
-def test_a_size_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-
-    def find(name: str) -> Any:
-        asked.append(name)
-        return find_system(name)
-
-    monkeypatch.setattr("skillnet.systems.find_system", find)
-    monkeypatch.setattr(run_evaluation, "_measured", {})
-    config = replace(small_config(Path("corpora")), system="dense").joint()
-    assert len({run_evaluation.measure_baseline_size(replace(config, seed=s)) for s in (1, 2)}) == 1
-    assert asked == ["dense"]
-    wide = replace(config, options={"ffn_dim": 200})
-    assert run_evaluation.measure_baseline_size(wide) != run_evaluation.measure_baseline_size(
-        config
-    )
-    assert asked == ["dense", "dense"]
 
 
 def test_the_rows_of_an_evaluation_have_the_mismatch(tmp_path: Path) -> None:

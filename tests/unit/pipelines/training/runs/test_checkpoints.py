@@ -49,7 +49,6 @@ def test_loaded_checkpoint_equals_the_written_one(data: Path, tmp_path: Path) ->
     config = small_config(data, steps=5, ema=0.9)
     done = train_model(ResolvedRun(config, tmp_path))
     found = checkpoints.find_newest(tmp_path / "checkpoints")
-    assert found is not None
     assert (found.step, found.path) == (5, done.checkpoint)
     model, average = build_model(config).double(), WeightAverage(0.9)
     optimizer = build_optimizer(model.named_parameters(), config.training)
@@ -184,7 +183,6 @@ def test_a_store_gets_the_files_that_changed_since_its_last_checkpoint(
     assert set(sent) - {"run.json", "progress.jsonl"} == changed | again
     shutil.rmtree(run / "checkpoints")
     found = mirror.download_newest()
-    assert found is not None
     assert found.step == 8
 
 
@@ -215,7 +213,6 @@ def test_newest_valid_checkpoint_is_used_and_invalid_ones_are_named(run, capsys)
     (run / "checkpoints" / "step-00000006").mkdir()
     (run / "checkpoints" / ".step-00000010.123.tmp").mkdir()
     found = checkpoints.find_newest(run / "checkpoints")
-    assert found is not None
     assert found.step == 4
     said = capsys.readouterr().err
     assert "step-00000008" in said

@@ -269,7 +269,6 @@ def test_a_head_of_other_names_starts_fresh_and_the_log_says_so(task, source, na
     run = ResolvedRun(config)
     validate_run(run)
     report = run.init_report
-    assert report is not None
     assert f"head-{task}" in report.fresh
     assert "shared" in report.taken
     (line,) = report.describe()[1:]
@@ -292,7 +291,6 @@ def test_a_head_of_the_same_names_moves_to_the_order_of_the_corpus(
     derive_corpus(data, source, "other", names)
     config = tuned(data, model, task, "other", len(names))
     report = dry_run_init(config)
-    assert report is not None
     assert f"head-{task}" in report.taken
     assert len(report.describe()) == 1
     first, known = (0, CLASSES) if task == TASK else (1, SYMBOLS)
