@@ -13,7 +13,6 @@ from pipelines.data.tokenizer import training as tokenizers
 from pipelines.data.tokenizer.guarded_loader import (
     MAX_FILE_BYTES,
     check_pattern,
-    check_tokenizer,
     largest_token_id,
     parse_tokenizer,
 )
@@ -52,62 +51,35 @@ TEMPLATE = {
     "type": "TemplateProcessing", "pair": [], "special_tokens": {},
     "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 9,
 }  # fmt: skip
+
+
+def part(name: str, value: Tree) -> Change:
+    return lambda t: t.update({name: value})
+
+
+def normal(value: Tree) -> Change:
+    return part("normalizer", value)
+
+
+DOUBLING = {"type": "Sequence", "normalizers": [replace({"String": "a"}, "aa")] * 40}
+SPLIT = {"type": "Split", "pattern": {"Regex": "(a+)+b"}, "behavior": "Isolated", "invert": False}
 BOMBS: dict[str, tuple[Change, str]] = {
-    "padding": (lambda t: t.update(padding=PADDING), "padding must be null"),
-    "template": (lambda t: t.update(post_processor=TEMPLATE), "post_processor must be null"),
-    "truncation": (lambda t: t.update(truncation={"max_length": 0}), "truncation must be null"),
-    "doubling": (
-        lambda t: t.update(
-            normalizer={
-                "type": "Sequence",
-                "normalizers": [replace({"String": "a"}, "aa") for _ in range(40)],
-            }
-        ),
-        "lengthens texts more than 16 times",
-    ),
-    "insertion": (
-        lambda t: t.update(normalizer=replace({"Regex": ""}, "x" * 4000)),
-        "lengthens texts more than 16 times",
-    ),
-    "long text": (
-        lambda t: t.update(normalizer=replace({"String": "a" * 9999}, "")),
-        "a text of 9999 characters",
-    ),
-    "prepend": (
-        lambda t: t.update(normalizer={"type": "Prepend", "prepend": "x" * 100}),
-        "lengthens texts",
-    ),
-    "precompiled": (
-        lambda t: t.update(normalizer=charsmap(b"x" * 9999)),
-        "with a long replacement",
-    ),
-    "precompiled trie": (
-        lambda t: t.update(normalizer=charsmap(b"x", 2**31)),
-        "a damaged precompiled normalizer",
-    ),
-    "nesting": (lambda t: t.update(normalizer=nest(200)), "more than 64 components"),
-    "pattern": (
-        lambda t: t.update(
-            pre_tokenizer={
-                "type": "Split",
-                "pattern": {"Regex": "(a+)+b"},
-                "behavior": "Isolated",
-                "invert": False,
-            }
-        ),
-        "repeats an ambiguous group",
-    ),
-    "unknown component": (
-        lambda t: t.update(pre_tokenizer={"type": "Wasm"}),
-        "pre_tokenizer: 'Wasm' is no known component",
-    ),
+    "padding": (part("padding", PADDING), "padding must be null"),
+    "template": (part("post_processor", TEMPLATE), "post_processor must be null"),
+    "truncation": (part("truncation", {"max_length": 0}), "truncation must be null"),
+    "doubling": (normal(DOUBLING), "lengthens texts more than 16 times"),
+    "insertion": (normal(replace({"Regex": ""}, "x" * 4000)), "lengthens texts more than 16 times"),
+    "long text": (normal(replace({"String": "a" * 9999}, "")), "a text of 9999 characters"),
+    "prepend": (normal({"type": "Prepend", "prepend": "x" * 100}), "lengthens texts"),
+    "precompiled": (normal(charsmap(b"x" * 9999)), "with a long replacement"),
+    "precompiled trie": (normal(charsmap(b"x", 2**31)), "a damaged precompiled normalizer"),
+    "nesting": (normal(nest(200)), "more than 64 components"),
+    "pattern": (part("pre_tokenizer", SPLIT), "repeats an ambiguous group"),
+    "unknown component": (part("pre_tokenizer", {"type": "Wasm"}), "'Wasm' is no known component"),
     "unknown key": (lambda t: t.update(plugin="x"), "unknown keys: plugin"),
     "model type": (lambda t: t["model"].update(type="Python"), "'Python' is none of BPE"),
     "dropout": (lambda t: t["model"].update(dropout=0.5), "dropout"),
-    "suffix": (
-        lambda t: t["model"].update(end_of_word_suffix="x" * 10**6),
-        "model.end_of_word_suffix",
-    ),
+    "suffix": (lambda t: t["model"].update(end_of_word_suffix="x" * 10**6), "end_of_word_suffix"),
     "id": (lambda t: t["model"]["vocab"].update(z=2**32 - 1), "has the id 4294967295"),
     "negative id": (lambda t: t["model"]["vocab"].update(z=-1), "has the id -1"),
     "empty vocabulary": (lambda t: t["model"].update(vocab={}), "expected 1 to"),
@@ -140,7 +112,7 @@ def test_file_of_more_than_the_largest_vocabulary_is_not_read(tmp_path: Path) ->
         tokenizers.load_tokenizer(path)
 
 
-@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "{", '{"model": 3}', "\ufeff{}"])
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "{", "{}", '{"model": 3}', "\ufeff{}"])
 def test_file_without_a_model_is_rejected(content: str, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(content, encoding="utf-8")
@@ -195,10 +167,6 @@ def test_patterns_of_known_tokenizers_are_accepted(pattern: str) -> None:
 def test_patterns_of_exponential_cost_are_rejected(pattern: str) -> None:
     with pytest.raises(ValueError, match="repeats"):
         check_pattern("pattern", pattern)
-
-
-def test_own_tokenizer_passes_its_checks() -> None:
-    check_tokenizer(tree())
 
 
 def test_tokenizer_that_fails_for_a_text_is_an_error_of_that_text() -> None:

@@ -41,13 +41,6 @@ def test_identifiers_are_split_and_lower_cased(learnt: Tokenizer) -> None:
     assert learnt.encode("HTTPServer").ids == learnt.encode("http server").ids
 
 
-def test_nothing_is_unknown(learnt: Tokenizer) -> None:
-    for strange in ("龘", "😀", "é", "Ω≈ç√", "\x00"):
-        tokens = learnt.encode(strange)
-        assert tokens.ids, strange
-        assert tokenizers.UNKNOWN not in tokens.ids, strange
-
-
 def test_byte_token_names_in_a_text_are_ordinary_text(learnt: Tokenizer) -> None:
     assert learnt.encode("<0x41>").tokens != ["<0x41>"]
 
@@ -74,9 +67,6 @@ def test_tokens_are_truncated_and_captions_keep_their_rows(learnt: Tokenizer) ->
     assert rows == [[[ids["红"]], [ids["心"]]], [], [[ids["色"]]]]
 
 
-def test_missing_or_damaged_tokenizer_is_reported(tmp_path) -> None:
+def test_missing_tokenizer_is_reported(tmp_path) -> None:
     with pytest.raises(ValueError, match="no such tokenizer"):
         tokenizers.load_tokenizer(tmp_path / "tokenizer.json")
-    (tmp_path / "bad.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(ValueError, match="not a tokenizer"):
-        tokenizers.load_tokenizer(tmp_path / "bad.json")
