@@ -6,7 +6,9 @@
 
 A host sees this machine's files, except that its home, /tmp, /dev/shm, /run and /etc/hosts are its
 own, and that the checkout is not there (its virtual environment is, without our package: what
-``setup_node.sh`` would have installed). What runs make lies in the home: hosts share no disk.
+``setup_node.sh`` would have installed). What runs make lies in the home: hosts share no disk. With
+a shared folder they are the nodes of a SLURM cluster: they see the checkout, the package and the
+folder, and log in to each other.
 
 Everything (processes, mounts, interfaces) ends with the test, however that ends:
 :mod:`tests.chaos.namespaces`.
@@ -71,12 +73,15 @@ class Host:
 
 
 @contextlib.contextmanager
-def lab(folder: Path, names: Sequence[str]) -> Iterator[dict[str, Host]]:
+def lab(
+    folder: Path, names: Sequence[str], shared: Path | None = None
+) -> Iterator[dict[str, Host]]:
     """A client and hosts of those names, joined by a bridge; the client can log in to all.
 
     Args:
         folder: for keys and what else the client is to have; hosts may read it, not write to it.
         names: hosts to start beside ``client``.
+        shared: existing folder that all hosts may write to.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _make_keys(folder)
@@ -86,11 +91,13 @@ def lab(folder: Path, names: Sequence[str]) -> Iterator[dict[str, Host]]:
         hosts = {}
         for number, name in enumerate(["client", *names], 1):
             address = f"{PREFIX}{number}"
-            inside = Namespaces(_host_script(name, folder), bridge)
+            inside = Namespaces(_host_script(name, folder, shared), bridge)
             opened.callback(inside.close)
             plug_in(bridge, inside, number, address)
             home = {"HOME": str(HOST_HOME), "USER": "root", "SHELL": "/bin/bash", "LANG": "C.UTF-8"}
-            binaries = f"{Path(sys.executable).parent}:{SEARCH}" if name == "client" else SEARCH
+            binaries = (
+                f"{Path(sys.executable).parent}:{SEARCH}" if name == "client" or shared else SEARCH
+            )
             hosts[name] = Host(name, address, inside, {**home, "PATH": binaries})
         _wait_for_ssh(hosts)
         yield hosts
@@ -112,14 +119,14 @@ def _make_keys(folder: Path) -> None:
     (folder / "hosts").mkdir()
 
 
-def _host_script(name: str, folder: Path) -> str:
+def _host_script(name: str, folder: Path, shared: Path | None) -> str:
     """What the first process of a host does: names, mounts, and the ssh server."""
     etc = folder / "hosts" / name
     # As Debian has it: the name leads to loopback, where the other hosts never meet it.
     etc.write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n")
-    client = name == "client"
+    client = name == "client" or shared is not None
     own = [Path("/tmp"), HOST_HOME, Path("/run")]
-    kept = {Path(sys.base_prefix), Path(sys.prefix), folder}
+    kept = {Path(sys.base_prefix), Path(sys.prefix), folder} | ({shared} if shared else set())
     if client:
         kept.add(ROOT)
     else:
@@ -141,10 +148,11 @@ def _host_script(name: str, folder: Path) -> str:
             f"cp {folder}/client_key {HOST_HOME}/.ssh/id_ed25519",
         ]
         lines += [f"cp {folder}/ssh_config {HOST_HOME}/.ssh/config"]
-    else:
+    if name != "client":
         lines += [f"mount --bind {folder} {folder}", f"mount -o remount,bind,ro {folder}"]
-        lines += [f"mount -t tmpfs -o ro none {path}" for path in _own_package("*.dist-info")]
-        lines += [f"mount --bind /dev/null {path}" for path in _own_package("*.pth")]
+        if shared is None:
+            lines += [f"mount -t tmpfs -o ro none {path}" for path in _own_package("*.dist-info")]
+            lines += [f"mount --bind /dev/null {path}" for path in _own_package("*.pth")]
         # Ray lowers its priority below all other processes that share the cores.
         lines += [f"echo 'export RAY_worker_niceness=0' >{HOST_HOME}/.bashrc"]
         lines += ["mkdir /run/sshd", f"$(command -v sshd) -f {folder}/sshd_config"]

@@ -1,6 +1,9 @@
 """The cluster files fit Ray's own schema, keep ports closed, and share one node set-up script."""
 
+import json
+import lzma
 import os
+import shlex
 import subprocess
 import sys
 from importlib.metadata import version
@@ -9,8 +12,11 @@ from typing import Any
 
 import pytest
 import yaml
+from jsonschema import Draft202012Validator
 
+from pipelines import finetune
 from skillnet_cluster import pin_nodes
+from skillnet_cluster.submit import SOURCE_FOLDERS
 from skillnet_platform.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -38,6 +44,54 @@ def test_rays_own_schema_takes_the_file(path: Path) -> None:
     wrong = load(path) | {"max_wrokers": 2}
     with pytest.raises(Exception, match="max_wrokers"):
         validate_config(wrong)
+
+
+def reject_unknown(schema: Any) -> Any:
+    """Return a schema of Kubernetes as its strict validation reads it."""
+    if isinstance(schema, list):
+        return [reject_unknown(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    schema = {key: reject_unknown(value) for key, value in schema.items()}
+    if schema.pop("x-kubernetes-int-or-string", False):
+        schema.pop("anyOf", None)
+        return schema | {"type": ["integer", "string"]}
+    if "properties" in schema and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        schema.setdefault("additionalProperties", False)
+    return schema
+
+
+def find_errors(document: dict[str, Any]) -> list[str]:
+    """Return what KubeRay's own definition refuses."""
+    schemas = json.loads(
+        lzma.decompress((ROOT / "tests/golden/kuberay_schemas.json.xz").read_bytes())
+    )
+    schema = reject_unknown(schemas["schemas"][document["kind"]])
+    schema["properties"]["metadata"] = {"type": "object"}
+    found = Draft202012Validator(schema).iter_errors(document)
+    return [f"{'.'.join(map(str, each.absolute_path))}: {each.message}" for each in found]
+
+
+@pytest.mark.parametrize("name", ["kuberay.yaml", "kuberay_job.yaml"])
+def test_kuberays_own_definition_takes_the_file(name: str) -> None:
+    document = load(DEPLOY / name)
+    assert find_errors(document) == []
+    spec = document["spec"]
+    assert len(find_errors(document | {"spec": spec | {"rayVersoin": "2.60.0"}})) == 1
+    assert len(find_errors(document | {"spec": spec | {"suspend": "no"}})) == 1
+
+
+def test_the_job_on_kubernetes_runs_the_checkout_on_the_cluster_of_the_other_file() -> None:
+    cluster, job = (load(DEPLOY / name) for name in ("kuberay.yaml", "kuberay_job.yaml"))
+    assert job["spec"]["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
+    path = yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"]["PYTHONPATH"].split(":")
+    code = path[0]
+    assert path[1:] == [f"{code}/{folder}" for folder in SOURCE_FOLDERS]
+    (mount,) = (m for m in containers()[0]["volumeMounts"] if m["name"] == "runs")
+    assert code.startswith(f"{mount['mountPath']}/")
+    words = shlex.split(job["spec"]["entrypoint"])
+    assert words[:3] == ["python", "-m", "skillnet_platform.cli"]
+    finetune.main.parse_arguments(words[4:])
 
 
 def test_the_head_on_aws_gives_no_cpu_away() -> None:
@@ -120,7 +174,9 @@ def test_shell_scripts_are_sound() -> None:
     if not checker.is_file():
         pytest.skip("shellcheck is not installed: pip install -e '.[dev]'")
     done = subprocess.run(
-        [str(checker), str(SCRIPT), str(ROOT / ".ci/run")], capture_output=True, text=True
+        [str(checker), *map(str, DEPLOY.glob("*.sh")), str(ROOT / ".ci/run")],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout
 
