@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.data.corpora import open_external_corpus
-from pipelines.data.io.media import MediaReadError, read_media
 from pipelines.data.preprocessing import inspection
 from skillnet_corpora.readers.fields import parse_split_name, parse_split_prefix
 from skillnet_corpora.readers.webdataset import SPARSE_MEMBER
@@ -42,29 +41,6 @@ class TestFolder:
         before = corpus.extra_sources()
         (folder / "data" / "0.wav").write_bytes(b"another")
         assert corpus.extra_sources() != before
-
-    def test_a_store_is_not_queried_for_each_row(self, tmp_path, monkeypatch):
-        """A missing media file is found when it is read, in parallel."""
-        folder = user_corpora.media_folder(tmp_path, rows=30)
-        store = fsspec.filesystem("memory")
-        store.put(str(folder), "/not-asked/mine", recursive=True)
-        store.rm("/not-asked/mine/data/3.wav")
-        asked, info = [], type(store).info
-
-        def noting(self: object, path: str, **more: object) -> object:
-            asked.append(path)
-            return info(self, path, **more)
-
-        monkeypatch.setattr(type(store), "info", noting)
-        corpus = open_external_corpus("mine", "folder:memory://not-asked/mine")
-        corpus.scan_labels()
-        rows, _ = read(corpus)
-        # The first file shows in which folder the media lie.
-        assert [path for path in asked if path.endswith(".wav")] == ["/not-asked/mine/data/0.wav"]
-        monkeypatch.undo()
-        every = [row["media"] for each in rows.values() for row in each]
-        missing = [data for data in read_media(every) if isinstance(data, MediaReadError)]
-        assert [data.reason for data in missing] == ["the media file is missing"]
 
 
 class TestWebDataset:

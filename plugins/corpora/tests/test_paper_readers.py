@@ -56,15 +56,6 @@ def test_pytorrent_rows(tmp_path: Path) -> None:
     assert named.name == "mine"
 
 
-def test_the_docstring_is_removed_for_a_translated_query(tmp_path: Path) -> None:
-    from pipelines.data.transforms.code import remove_docstring
-
-    for row in user_corpora.code_rows(3):
-        assert "函数" not in remove_docstring(row["code"])
-    python_2 = 'def f(x):\n    """Says it."""\n    print x\n'
-    assert remove_docstring(python_2) == "def f(x):\n    print x"
-
-
 def test_codesearchnet_rows(tmp_path: Path) -> None:
     folder = user_corpora.codesearchnet(tmp_path)
     (file,) = folder.rglob("python_train_1.jsonl.gz")

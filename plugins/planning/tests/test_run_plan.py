@@ -151,7 +151,7 @@ def test_the_sum_of_gradients_grows_with_nodes_and_shrinks_with_bandwidth() -> N
             assert larger.sum_seconds(1e9) <= seconds * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("gpu", ["V100-32", "A100-80", "H100", "H200"])
+@pytest.mark.parametrize("gpu", ["V100-32", "H200"])
 def test_eight_gpus_of_a_node_are_planned_faster_than_one(gpu: str) -> None:
     config = short_config()
     hours = []
