@@ -101,8 +101,8 @@ def on_config(config: MkDocsConfig, **_: Any) -> MkDocsConfig:
     commands = [{name: f"{COMMANDS}/{name}.md"} for name in command_names()]
     nav: list[Any] = config.nav or []
     for entry in nav:
-        if "Decisions" in entry:
-            entry["Decisions"] = pages
+        if "Project" in entry:
+            entry["Project"].append({"Decisions": pages})
         if "Reference" in entry:
             entry["Reference"].append({"Commands": commands})
     return config
