@@ -1,7 +1,5 @@
 """AdamW on active parameters only, learning rates, clipping, averages."""
 
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -201,24 +199,3 @@ def test_average_follows_and_swaps_back() -> None:
     assert float(layer.weight.detach()[0, 0]) == pytest.approx(expected)
     average.swap(layer)
     assert float(layer.weight.detach()[0, 0]) == 3.0
-
-
-STEP = """
-import sys
-import torch
-from pipelines.training.loop.optimizer import EagerAdamW
-weight = torch.nn.Parameter(torch.ones(3))
-optimizer = EagerAdamW([weight], fused=True)
-weight.sum().backward()
-optimizer.step()
-optimizer.zero_grad()
-optimizer.load_state_dict(optimizer.state_dict())
-sys.exit("torch._dynamo" in sys.modules)
-"""
-
-
-def test_a_step_does_not_import_the_compiler() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", STEP], env={"PYTHONPATH": ":".join(sys.path)}, check=False
-    )
-    assert done.returncode == 0

@@ -102,12 +102,12 @@ def test_inactive_skills_are_bitwise_unchanged(config: FinetuneConfig) -> None:
     assert still == expected
 
 
-def test_losses_fall_on_learnable_rows(data: Path) -> None:
+def test_losses_fall_on_learnable_rows(data: Path, tmp_path: Path) -> None:
     config = build_joint_run(
         small_pretraining(data, steps=150, lr=3e-3, precision="fp32", log_every=25)
     )
-    first = train_model(ResolvedRun(config), stop_at=25).losses
-    last = train_model(ResolvedRun(config)).losses
+    first = train_model(ResolvedRun(config, tmp_path), stop_at=25).losses
+    last = train_model(ResolvedRun(config, tmp_path)).losses
     assert last.keys() == set(TASKS)
     for task in TASKS:
         assert last[task] < first[task], task

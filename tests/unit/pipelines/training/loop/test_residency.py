@@ -52,27 +52,30 @@ def digest_files(folder: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("training", [{"ema": 0.9}, {"trainable": ["skill-general"]}])
-def test_a_run_and_its_checkpoints_are_the_same(data, tmp_path, training):
-    plain, metrics = train(tmp_path / "plain", data, **training)
-    training["sharding"] = "host"
-    offloaded, others = train(tmp_path / "offloaded", data, **training)
-    assert digest_files(tmp_path / "plain") == digest_files(tmp_path / "offloaded")
+@pytest.fixture(scope="module")
+def plain(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Folder, result and metrics of a run with an average, whose weights stay on the device."""
+    folder = tmp_path_factory.mktemp("plain")
+    return folder, *train(folder, data, ema=0.9)
+
+
+def test_a_run_and_its_checkpoints_are_the_same(data: Path, tmp_path: Path) -> None:
+    (plain, metrics), (offloaded, others) = (
+        train(tmp_path / place, data, trainable=["skill-general"], sharding=place)
+        for place in ("none", "host")
+    )
+    assert digest_files(tmp_path / "none") == digest_files(tmp_path / "host")
     assert offloaded.losses == plain.losses
     assert others == metrics
     assert len(metrics) > 2 * len(plain.model.config.tasks)
 
 
-def test_a_run_resumes_with_the_other_setting(data: Path, tmp_path: Path) -> None:
-    train(tmp_path / "plain", data, ema=0.9)
+def test_a_run_resumes_with_the_other_setting(data: Path, plain: Any, tmp_path: Path) -> None:
     # The last part loads a checkpoint into the host's memory.
     for stop, place in ((3, "host"), (5, "none"), (None, "host")):
-        train(tmp_path / "mixed", data, stop, ema=0.9, sharding=place)
-    kept = [digest_files(tmp_path / name / "model") for name in ("plain", "mixed")]
-    assert kept[0] == kept[1]
-    last = "checkpoints/step-00000008"
-    kept = [digest_files(tmp_path / name / last) for name in ("plain", "mixed")]
-    assert kept[0] == kept[1]
+        train(tmp_path, data, stop, ema=0.9, sharding=place)
+    for part in ("model", "checkpoints/step-00000008"):
+        assert digest_files(plain[0] / part) == digest_files(tmp_path / part)
 
 
 def test_the_device_has_the_tensors_of_two_tasks(data: Path) -> None:
@@ -145,13 +148,15 @@ class LateStream:
 
 @pytest.mark.parametrize("every", [3, 0])
 def test_checkpoints_evaluations_and_averages_wait_for_the_copies(
-    every, data, tmp_path, monkeypatch
+    every, data, plain, tmp_path, monkeypatch
 ):
     # An evaluation waits before the checkpoint of its step; without one the checkpoint waits.
-    monkeypatch.setattr(Evaluations, "evaluates_last", bool(every))
-    plain, metrics = train(tmp_path / "plain", data, ema=0.9, evaluate_every=every)
+    if not every:
+        monkeypatch.setattr(Evaluations, "evaluates_last", False)
+        plain = tmp_path / "0", *train(tmp_path / "0", data, ema=0.9, evaluate_every=0)
     monkeypatch.setattr(residency, "CopyStream", LateStream)
     late, others = train(tmp_path / "late", data, ema=0.9, evaluate_every=every, sharding="host")
-    assert late.losses == plain.losses
+    folder, expected, metrics = plain
+    assert late.losses == expected.losses
     assert others == metrics
-    assert digest_files(tmp_path / "plain") == digest_files(tmp_path / "late")
+    assert digest_files(folder) == digest_files(tmp_path / "late")

@@ -77,14 +77,19 @@ def test_a_task_whose_gradients_are_never_finite_ends_a_short_run(data, tmp_path
         train_model(ResolvedRun(config, tmp_path / "run"))
 
 
-def test_a_task_whose_gradients_are_never_finite_ends_a_long_run_early(data: Path) -> None:
+def test_a_task_whose_gradients_are_never_finite_ends_a_long_run_early(data, tmp_path):
     config, reporter = with_broken_sound(data, steps=500, log_every=1), Lines()
-    with pytest.raises(
-        NonFiniteGradientError,
-        match=rf"{SPEECH}: the gradient is not finite in the last 10 steps of this task",
-    ):
+    message = rf"{SPEECH}: the gradient is not finite in the last 10 steps of this task"
+    with pytest.raises(NonFiniteGradientError, match=message) as whole:
         train_model(ResolvedRun(config), reporter=reporter)
     assert len(reporter.shown) < 80
+    # The counts continue after a restart.
+    run = ResolvedRun(config, tmp_path)
+    train_model(run, stop_at=30)
+    assert checkpoints.find_newest(tmp_path / "checkpoints") is not None
+    with pytest.raises(NonFiniteGradientError) as parts:
+        train_model(run)
+    assert str(parts.value) == str(whole.value)
 
 
 @pytest.mark.parametrize("steps_per_read", [1, 7, 40])
@@ -106,18 +111,6 @@ def test_the_time_of_a_read_does_not_change_the_message(steps_per_read: int) -> 
         train()
     assert health.counts["one"].nonfinite_steps == 10
     assert health.counts["two"].steps == 17
-
-
-def test_counts_continue_after_a_restart(data: Path, tmp_path: Path) -> None:
-    config = with_broken_sound(data, steps=500)
-    with pytest.raises(NonFiniteGradientError) as whole:
-        train_model(ResolvedRun(config, tmp_path / "whole"))
-    run = ResolvedRun(config, tmp_path / "parts")
-    train_model(run, stop_at=30)
-    assert checkpoints.find_newest(tmp_path / "parts" / "checkpoints") is not None
-    with pytest.raises(NonFiniteGradientError) as parts:
-        train_model(run)
-    assert str(parts.value) == str(whole.value)
 
 
 def test_a_checkpoint_with_an_untrained_task_is_not_registered(data: Path, tmp_path: Path) -> None:

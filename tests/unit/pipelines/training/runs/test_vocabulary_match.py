@@ -84,18 +84,24 @@ def small_run(data: Path, **corpora: str) -> FinetuneConfig:
     return replace(config, model=replace(config.model, tasks=tasks, vocab_size=400))
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return write_corpora(tmp_path / "corpora")
-
-
-@pytest.fixture
-def model(data: Path, tmp_path: Path) -> Path:
-    """A saved model of classes and symbols."""
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Corpora, and a saved model of their classes and symbols."""
+    place = tmp_path_factory.mktemp("trained")
+    data = write_corpora(place / "corpora")
     config = small_run(data, text_classification="headings", speech_recognition="syllables")
-    folder = tmp_path / "model"
-    train_model(ResolvedRun(config)).model.save_pretrained(folder)
-    return folder
+    train_model(ResolvedRun(config)).model.save_pretrained(place / "model")
+    return place
+
+
+@pytest.fixture
+def data(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained / "corpora", tmp_path / "corpora"))
+
+
+@pytest.fixture
+def model(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained / "model", tmp_path / "model"))
 
 
 def evaluate(model: Path, data: Path, **corpora: str) -> dict[tuple[str, str], float]:
