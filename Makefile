@@ -13,7 +13,7 @@ UV_LOCK = $(BIN)/uv lock --quiet --default-index https://pypi.org/simple
 # compete for memory and save no time.
 JOBS ?= $(shell cores=$$(env -u OMP_NUM_THREADS nproc); echo $$((cores < 4 ? cores + 1 : 4)))
 
-.PHONY: demo skills docs check-lock lock test test-long test-all test-cluster test-node chaos fuzz check format bench gpu clean help
+.PHONY: demo skills docs check-lock lock test test-long test-all test-cluster test-node wheels release chaos fuzz check format bench gpu clean help
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -70,6 +70,13 @@ check-lock: $(VENV)/.installed-dev  ## check that uv.lock fits pyproject.toml
 
 lock: $(VENV)/.installed-dev  ## write uv.lock again after a change of dependencies
 	$(UV_LOCK)
+
+# On the oldest and the newest supported Python. Without torch, whose installation takes minutes.
+wheels: $(VENV)/.installed-dev  ## build the wheels, install them without torch in empty environments, use them
+	$(BIN)/python -m tools.release
+
+release: check-lock  ## the same with all dependencies; train; check licences; write an SBOM
+	$(BIN)/python -m tools.release --full
 
 # Rows that the newest CSV of today has are not run again, so an interrupted run resumes.
 chaos: $(VENV)/.installed-dev  ## inject faults into 86 small runs, kill commands at every file-system event; tracker outage

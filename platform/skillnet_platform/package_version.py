@@ -43,6 +43,15 @@ EXTRA_OF_PACKAGE = {
 }
 
 
+def extra_command(extra: str) -> str:
+    """Return how to install an extra: from a clone, because no package index has this project.
+
+    Args:
+        extra: name of pyproject.toml.
+    """
+    return f"in a clone, pip install -e plugins/evidence -e '.[{extra}]'"
+
+
 def describe_missing_extra(error: BaseException) -> str | None:
     """Return which extra to install, if an error is the absence of a package of one.
 
@@ -55,6 +64,5 @@ def describe_missing_extra(error: BaseException) -> str | None:
     if extra is None:
         return None
     return (
-        f"the package {package} is not installed. Install the extra {extra}: "
-        f"pip install 'skillnet-platform[{extra}]'"
+        f"the package {package} is not installed. Install the extra {extra}: {extra_command(extra)}"
     )

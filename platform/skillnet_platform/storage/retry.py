@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from skillnet_platform import console
 from skillnet_platform.errors import UserError, find_raising_package, suggest_name
+from skillnet_platform.package_version import extra_command
 from skillnet_platform.terminal_text import shorten_text
 
 Result = TypeVar("Result")
@@ -27,14 +28,14 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 20.0
 #: Seconds between two warnings about one store.
 QUIET_S = 30.0
 
-#: Scheme -> package of its client.
+#: Scheme -> extra with its client.
 CLIENTS = {
-    "s3": "'skillnet-platform[s3]'",
-    "gs": "'skillnet-platform[gs]'",
-    "gcs": "'skillnet-platform[gs]'",
-    "abfs": "'skillnet-platform[azure]'",
-    "abfss": "'skillnet-platform[azure]'",
-    "az": "'skillnet-platform[azure]'",
+    "s3": "s3",
+    "gs": "gs",
+    "gcs": "gs",
+    "abfs": "azure",
+    "abfss": "azure",
+    "az": "azure",
 }
 #: Schemes of Azure, where a bucket is called a container.
 AZURE = ("abfs", "abfss", "az")
@@ -168,8 +169,8 @@ def explain_refusal(uri: str, error: BaseException) -> str | None:
     """Return the user's message for a permanent refusal or a missing client, else ``None``."""
     scheme = urlsplit(uri).scheme
     if isinstance(error, ImportError):
-        package = CLIENTS.get(scheme)
-        hint = f"pip install {package}" if package else str(error)
+        extra = CLIENTS.get(scheme)
+        hint = extra_command(extra) if extra else str(error)
         return f"{uri}: the client for {scheme}:// is not installed: {hint}"
     if isinstance(error, ValueError) and "Protocol not known" in str(error):
         return f"{uri}: {scheme}:// is not a known object store{suggest_name(scheme, CLIENTS)}"

@@ -25,6 +25,7 @@ from skillnet_platform.cli import command
 from skillnet_platform.cluster import loopback
 from skillnet_platform.config.bounds import PortNumber
 from skillnet_platform.errors import UserError, first_line
+from skillnet_platform.package_version import extra_command
 from skillnet_platform.secret_uri import SecretUri
 from skillnet_platform.storage.directories import require_no_secret
 from skillnet_platform.tracking import backend
@@ -135,8 +136,7 @@ def resolve_store(given: str | None) -> SecretUri:
 
         if find_spec("psycopg") is None:
             raise UserError(
-                "--store postgresql://…: the driver is not installed; "
-                "pip install 'skillnet-platform[tracker]'"
+                "--store postgresql://…: the driver is not installed; " + extra_command("tracker")
             )
         # SQLAlchemy's default driver may differ: the extra installs psycopg 3.
         return SecretUri(uri.reveal().replace("postgresql:", "postgresql+psycopg:", 1))
@@ -189,7 +189,7 @@ def write_secrets(uri: SecretUri, folder: Path) -> dict[str, str]:
     from importlib.util import find_spec
 
     if find_spec("flask_wtf") is None:
-        raise UserError("--auth true needs Flask-WTF: pip install 'skillnet-platform[tracker]'")
+        raise UserError(f"--auth true needs Flask-WTF: {extra_command('tracker')}")
     # The folder holds secrets, and other users share this machine.
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     ini = folder / AUTH_CONFIG

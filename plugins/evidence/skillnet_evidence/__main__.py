@@ -163,7 +163,7 @@ def _draw_tiers(comparison: SystemComparison, tiers: Sequence[Sequence[str]]) ->
         return encode_svg(draw_tier_figure(comparison, tiers))
     except ModuleNotFoundError:
         raise EvidenceError(
-            "--output: figures need matplotlib; pip install 'skillnet-evidence[plots]'"
+            "--output: figures need matplotlib; in a clone, pip install './plugins/evidence[plots]'"
         ) from None
 
 

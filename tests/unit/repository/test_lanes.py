@@ -187,6 +187,12 @@ def test_ci_checks_names_words_and_imports() -> None:
     }
 
 
+def test_ci_installs_the_wheels_and_trains_with_them_every_night() -> None:
+    script = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    choice = 'if [ "${1:-test}" = test-all ]; then step release; else step wheels; fi'
+    assert choice in [line.strip() for line in script.splitlines()]
+
+
 def test_the_workflow_runs_the_slow_tests_every_night() -> None:
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
     assert {"schedule", "workflow_dispatch"} <= workflow[True].keys()  # YAML 1.1 reads "on" so

@@ -15,6 +15,7 @@ import pytest
 
 from skillnet_platform import cli, config
 from tests.helpers.processes import run_python
+from tools.release import build_wheels
 
 ROOT = Path(__file__).parents[3]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -274,10 +275,7 @@ def names_in(wheel: str) -> list[str]:
 
 @pytest.mark.integration
 def test_the_wheel_installs_alone(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
-    both = [str(ROOT), str(ROOT / "plugins" / "evidence")]
-    subprocess.run([*build, "--wheel-dir", str(tmp_path), *both], check=True, timeout=300)
-    evidence, wheel = sorted(map(str, tmp_path.glob("*.whl")))
+    evidence, wheel = map(str, build_wheels(tmp_path))
     of_platform, of_evidence = names_in(wheel), names_in(evidence)
     assert not [name for name in of_platform if name.startswith("skillnet_evidence")]
     for names in (of_platform, of_evidence):

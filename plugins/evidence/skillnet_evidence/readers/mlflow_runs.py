@@ -62,7 +62,8 @@ def _load_runs(source: str) -> list[tuple[str, Any]]:
         from mlflow.exceptions import MlflowException
     except ModuleNotFoundError:
         raise EvidenceError(
-            f"{source}: MLflow's stores need its client; pip install 'skillnet-evidence[mlflow]'"
+            f"{source}: MLflow's stores need its client; in a clone, "
+            "pip install './plugins/evidence[mlflow]'"
         ) from None
     address, _, wanted = source.partition("#")
     local = Path(address.removeprefix("sqlite:///"))

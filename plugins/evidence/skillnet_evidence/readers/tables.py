@@ -57,7 +57,7 @@ def _read_parquet(path: Path) -> tuple[list[str], list[tuple[str, ...]], list[st
         import pyarrow.parquet as pq
     except ModuleNotFoundError:
         raise EvidenceError(
-            f"{path}: Parquet needs pyarrow; pip install 'skillnet-evidence[parquet]'"
+            f"{path}: Parquet needs pyarrow; in a clone, pip install './plugins/evidence[parquet]'"
         ) from None
     table = pq.read_table(path)
     values = [

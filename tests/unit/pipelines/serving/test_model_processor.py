@@ -53,7 +53,10 @@ def folder(place: ServedPlace) -> Path:
 def test_methods_equal_predictions_without_ray_and_mlflow(folder: Path) -> None:
     done = run_python("-c", BARE, folder)
     assert done.returncode == 0, done.stderr
-    assert "Install the extra train: pip install 'skillnet-platform[train]'" in done.stderr
+    assert (
+        "Install the extra train: in a clone, pip install -e plugins/evidence -e '.[train]'"
+        in done.stderr
+    )
 
 
 def test_processor_returns_the_batch_of_a_tower(folder: Path) -> None:
