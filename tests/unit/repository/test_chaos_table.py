@@ -1,8 +1,6 @@
 """The chaos lane fails for every run that lost something, and its table shows what."""
 
-import contextlib
 import subprocess
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -90,105 +88,6 @@ def test_the_table_counts_each_launcher_and_names_all_dates() -> None:
     assert "| worker killed | 0 / 1 / 2 |" in lines
     assert "| host killed | 1 / 0 / 0 |" in lines
     assert lines.endswith("load 1 to 1, 2026-11-25 and 2026-11-26.")
-
-
-class PlayedHosts:
-    """Hosts on which a run stops as its holds say; it writes down what becomes of them.
-
-    Args:
-        folder: directory of what they keep, in that of the runs.
-    """
-
-    #: What was done, in order; whether rank 0 is on the host without the driver.
-    reported: list[str] = []  # noqa: RUF012 - a test empties it
-    zero_is_there = False
-    address = "10.77.0.1:6379"
-
-    def __init__(self, folder: Path) -> None:
-        self.reported.append("new cluster")
-        self._faults = folder.parent / "a run" / "faults"
-        self._processes: list[subprocess.Popen[str]] = []
-
-    def start(self, name: str) -> None:
-        self.reported.append(f"start {name}")
-
-    def kill(self, name: str) -> None:
-        held = sorted(path.name for path in self._faults.glob("*"))
-        self.reported.append(f"kill {name} while {held} are held")
-        for process in self._processes if name == "head" else ():
-            process.kill()
-
-    def close(self) -> None:
-        self.reported.append("end")
-
-    def run(self, name: str, *words: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.CompletedProcess(words, int(not self.zero_is_there), "", "")
-
-    @contextlib.contextmanager
-    def started(
-        self, name: str, *words: str, **environment: str
-    ) -> "Iterator[subprocess.Popen[str]]":
-        self.reported.append(f"{Path(words[-1]).name} on {name}")
-        with subprocess.Popen(words, text=True, stdout=subprocess.PIPE) as process:
-            self._processes.append(process)
-            yield process
-            process.kill()
-
-
-@pytest.fixture
-def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[PlayedHosts]]:
-    monkeypatch.setattr(chaos_hosts, "RayHosts", PlayedHosts)
-    PlayedHosts.reported.clear()
-    yield PlayedHosts
-    PlayedHosts.zero_is_there = False
-
-
-def held_run(folder: Path) -> list[str]:
-    """The command of a run of which both workers are held; the test lets its end come."""
-    faults = folder / "a run" / "faults"
-    faults.mkdir(parents=True)
-    for rank in (0, 1):
-        (faults / f"{rank}-hold-3").touch()
-    return ["bash", "-c", f"until [ -e {folder}/go ]; do sleep 0.02; done", "the run"]
-
-
-@pytest.mark.parametrize(("zero_is_there", "rank"), [(False, 1), (True, 0)])
-def test_a_host_is_killed_when_the_worker_that_stays_is_let_go(
-    zero_is_there: bool, rank: int, tmp_path: Path, played: type[PlayedHosts]
-) -> None:
-    words, row = held_run(tmp_path), row_of("hosts", "host killed")
-    played.zero_is_there = zero_is_there
-    (tmp_path / "go").touch()
-    hosts = chaos_hosts.Hosts(tmp_path / "hosts")
-    assert hosts.attempt(words, tmp_path / "a run", row) == 0
-    assert row.victim == f"host of rank {rank}"
-    first = ["new cluster", "start head", "start host1", "the run on head"]
-    kill = f"kill host1 while ['{rank}-hold-3'] are held"
-    assert played.reported == [*first, kill, "start host2"]
-    assert hosts.attempt(words, tmp_path / "a run") == 0
-    assert played.reported[6:] == ["the run on head"], "hosts that are there are taken again"
-
-
-def test_a_heads_host_takes_the_driver_along_and_all_hosts_are_new(
-    tmp_path: Path, played: type[PlayedHosts]
-) -> None:
-    words, row = held_run(tmp_path), row_of("hosts", "head's host killed")
-    hosts = chaos_hosts.Hosts(tmp_path / "hosts")
-    assert hosts.attempt(words, tmp_path / "a run", row) == -9
-    assert row.victim == "host of head, driver and rank 0"
-    assert played.reported[4:] == ["kill head while ['0-hold-3'] are held", "end"]
-    (tmp_path / "go").touch()
-    assert hosts.attempt(words, tmp_path / "a run") == 0
-    assert played.reported[6:] == ["new cluster", "start head", "start host2", "the run on head"]
-
-
-def test_a_run_that_does_not_come_to_its_step_is_no_row(
-    tmp_path: Path, played: type[PlayedHosts]
-) -> None:
-    hosts = chaos_hosts.Hosts(tmp_path / "hosts")
-    with pytest.raises(AssertionError, match="it said this"):
-        hosts.attempt(["echo", "it said this"], tmp_path / "a run", row_of("hosts", "host killed"))
-    assert not [reported for reported in played.reported if reported.startswith("kill")]
 
 
 def test_rank_0_is_where_the_progress_is_written(tmp_path: Path) -> None:
