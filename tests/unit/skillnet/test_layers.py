@@ -1,7 +1,6 @@
 """Fused layers compared with a loop over skills: values, gradients, memory."""
 
 import copy
-import itertools
 
 import pytest
 import torch
@@ -157,12 +156,6 @@ def test_attention_equals_torchs(tokens: int, masked: bool) -> None:
     assert_same(ours, theirs.transpose(1, 2).reshape(2, tokens, 6), {"qkv": qkv})
 
 
-def test_attention_passes_gradcheck() -> None:
-    qkv = torch.randn(2, 4, 12, dtype=torch.float64, requires_grad=True)
-    bias = padding_bias(torch.tensor([[True] * 4, [True, True, False, False]]), torch.float64)
-    assert torch.autograd.gradcheck(lambda x: multihead_attention(x, 2, bias), qkv)
-
-
 def test_attention_leaves_its_input_alone() -> None:
     qkv = torch.randn(2, 4, 12)
     before = qkv.clone()
@@ -292,17 +285,6 @@ def test_weights_made_in_inference_mode_work() -> None:
         assert not torch.equal(weights.merged(("general", "text"), torch.float32), before)
 
 
-def test_an_unknown_skill_is_named_with_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"no skill 'imagge'.*did you mean 'image'"):
-        _weights().merged(("general", "imagge"), torch.float32)
-
-
-@pytest.mark.parametrize("name", ["keys", "training", "T_destination", "text"])
-def test_names_that_torch_needs_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"skill name '{name}' is taken"):
-        _weights().add(name)
-
-
 # -- stochastic depth ----------------------------------
 
 
@@ -321,20 +303,6 @@ def test_drop_path_leaves_out_a_share_of_the_rows_and_scales_the_rest() -> None:
     assert torch.equal(gradient[~moved], torch.ones_like(gradient[~moved]))
     encoder = encoder_of(small_config(drop_path=0.25)).eval()
     assert torch.equal(encoder(x, ("text",)), encoder(x, ("text",)))
-
-
-def test_drop_path_keeps_the_mean() -> None:
-    torch.manual_seed(0)
-    layer = EncoderLayer(small_config(drop_path=0.4), 0)
-    x = torch.randn(5, 3, 8)
-    draws = []
-    for _ in range(400):
-        drawn = draw_kept_rows(x, 1, 0.4)
-        assert drawn is not None
-        draws.append(layer._add(layer._feed, x, ("text",), None, drawn[0][1]))
-    torch.testing.assert_close(
-        torch.stack(draws).mean(0), x + layer._feed(x, ("text",), None), atol=0.02, rtol=0.1
-    )
 
 
 @pytest.mark.parametrize("is_masked", [False, True])
@@ -371,15 +339,6 @@ def test_the_skill_of_every_nth_layer() -> None:
     assert carries == [False, False, True, False, False, True]
     dense = {name for name, _ in encoder.named_parameters() if name.endswith(".shared")}
     assert {name.split(".")[1] for name in dense} == {"0", "1", "3", "4"}
-
-
-def test_layers_without_skills_are_shared_by_all_plans() -> None:
-    encoder = encoder_of(small_config(skill_modules="attention", num_layers=1))
-    x = torch.randn(2, 3, 8, dtype=torch.float64)
-    layer = encoder.layers[0]
-    for one, two in itertools.combinations(PLANS, 2):
-        assert torch.equal(layer._feed(x, one, None), layer._feed(x, two, None))
-        assert not torch.allclose(layer._attend(x, one, None), layer._attend(x, two, None))
 
 
 def test_gpus_give_dropped_rows_the_weight_zero() -> None:

@@ -239,18 +239,6 @@ def test_a_new_skill_has_the_models_type_and_learns() -> None:
             assert parameter.grad.abs().sum() > 0
 
 
-def test_a_grown_model_is_saved_with_the_old_files_unchanged(tmp_path: Path) -> None:
-    model = small_model()
-    model.save_pretrained(tmp_path / "before")
-    add_skill(model, "depth", "image").save_pretrained(tmp_path / "after")
-    files = {path.name for path in (tmp_path / "after").iterdir()}
-    assert files - {p.name for p in (tmp_path / "before").iterdir()} == {"skill-depth.safetensors"}
-    for path in (tmp_path / "before").glob("*.safetensors"):
-        assert path.read_bytes() == (tmp_path / "after" / path.name).read_bytes()
-    back = SkillNet.from_pretrained(tmp_path / "after")
-    assert back.config == model.config
-
-
 def test_merged_weights_kept_before_growth_stay_right() -> None:
     model = small_model().eval()
     batch = batch_of("text", model.config)
