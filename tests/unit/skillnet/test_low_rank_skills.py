@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,9 +30,9 @@ RANK = 3
 LOW: dict[str, Any] = {"skill_rank": RANK, "bias": True}
 
 
-def dense_twin(model: SkillNet, **options: Any) -> SkillNet:
+def dense_twin(model: SkillNet) -> SkillNet:
     """Return a model of whole matrices that equal those of a low-rank model."""
-    twin = small_model(**options)
+    twin = SkillNet(dataclasses.replace(model.config, skill_rank=0, low_rank_skills={})).double()
     with torch.no_grad():
         for path, module in model.named_modules():
             if isinstance(module, SkillWeights):
@@ -45,37 +46,69 @@ def dense_twin(model: SkillNet, **options: Any) -> SkillNet:
     return twin
 
 
-def test_low_rank_skills_are_general_plus_the_product_of_two_factors() -> None:
+def lora_model(rank: int = 2, source: str = "text") -> SkillNet:
+    """Return whole skills, and a low-rank one that a task activates without its source."""
+    model = add_skill(small_model(bias=True), "depth", source, rank)
+    return add_task(
+        model, "deep", Task("classification", {"input": SkillPlan(("depth", "general"))}, 3)
+    )
+
+
+@pytest.mark.parametrize("source", ["general", "image"])
+def test_a_low_rank_skill_is_its_source_plus_the_product_of_two_factors(source: str) -> None:
     torch.manual_seed(0)
-    weights = SkillWeights(
-        ("text", "general"), 8, 6, std=0.5, forms={"text": LowRankSkill("general", RANK)}
-    ).double()
-    assert weights.names == ("general", "text")
-    assert torch.equal(weights.get("text"), weights.get("general"))  # the right factor is zero
+    forms = {"text": LowRankSkill(source, RANK)}
+    weights = SkillWeights(("text", source), 8, 6, std=0.5, forms=forms).double()
+    assert weights.names == (source, "text")
+    assert torch.equal(weights.get("text"), weights.get(source))  # the right factor is zero
     with torch.no_grad():
         weights.right["text"].add_(1.0)
-    expected = weights.weights["general"] + weights.left["text"] @ weights.right["text"]
+    expected = weights.weights[source] + weights.left["text"] @ weights.right["text"]
     torch.testing.assert_close(weights.get("text"), expected, rtol=1e-12, atol=1e-12)
-    mean = (expected + weights.weights["general"]) / 2
-    merged = weights.merged(("general", "text"), torch.float64)
+    mean = (expected + weights.weights[source]) / 2
+    merged = weights.merged((source, "text"), torch.float64)
     torch.testing.assert_close(merged, mean, rtol=1e-12, atol=1e-12)
 
 
-def test_outputs_and_gradients_equal_those_of_whole_matrices() -> None:
-    model = small_model(**LOW)
-    twin = dense_twin(model, bias=True)
-    for modality, plan in PLANS.items():
-        batch = batch_of(modality, model.config)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("make", "skill", "source", "task"),
+    [
+        (lambda: small_model(**LOW), "text", "general", "text_classification"),
+        (lora_model, "depth", "text", "deep"),
+    ],
+    ids=["rank of the model", "rank of a skill"],
+)
+def test_outputs_and_gradients_equal_those_of_whole_matrices(
+    make: Callable[[], SkillNet], skill: str, source: str, task: str
+) -> None:
+    """The source is active in the first task, and not in the second."""
+    model = make()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_difference(name):
+                parameter.normal_()
+    twin = dense_twin(model)
+    for modality, plan in {**PLANS, "text": model.config.tasks[task].towers["input"]}.items():
+        batch = batch_of(modality, model.config)
         ours, theirs = model.encode(batch, plan), twin.encode(batch, plan)
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     for each in (model, twin):
-        loss_of(each, "text_classification").backward()
-    name = "encoder.layers.0.feedforward.up"
-    whole = twin.get_parameter(f"{name}.weights.text").grad
-    left, right = (model.get_parameter(f"{name}.{side}.text") for side in ("left", "right"))
-    assert whole is not None
-    torch.testing.assert_close(left.grad, whole @ right.detach().T, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(right.grad, left.detach().T @ whole, rtol=1e-10, atol=1e-12)
+        loss_of(each, task).backward()
+    lefts = [name for name, _ in model.named_parameters() if name.endswith(f".left.{skill}")]
+    assert lefts
+    for name in lefts:
+        path = name.removesuffix(f"left.{skill}")
+        whole = twin.get_parameter(f"{path}weights.{skill}").grad
+        own = twin.get_parameter(f"{path}weights.{source}").grad
+        left, right = (model.get_parameter(f"{path}{side}.{skill}") for side in ("left", "right"))
+        found = model.get_parameter(f"{path}weights.{source}").grad
+        assert whole is not None
+        for grad, expected in (
+            (left.grad, whole @ right.detach().T),
+            (right.grad, left.detach().T @ whole),
+            (found, whole if own is None else whole + own),
+        ):
+            torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-11)
 
 
 def test_merged_weights_follow_general_and_both_factors() -> None:
@@ -133,53 +166,6 @@ def test_growth_copies_a_difference_or_starts_from_general() -> None:
     assert not [name for name, _ in model.named_parameters() if name.endswith(".touch")]
     with pytest.raises(ValueError, match="the skill general is needed by"):
         remove_skill(model, "general")
-
-
-def lora_model(rank: int = 2, source: str = "text") -> SkillNet:
-    """Return whole skills, and a low-rank one that a task activates without its source."""
-    model = add_skill(small_model(bias=True), "depth", source, rank)
-    return add_task(
-        model, "deep", Task("classification", {"input": SkillPlan(("depth", "general"))}, 3)
-    )
-
-
-def test_outputs_and_gradients_are_those_of_the_lora_formula() -> None:
-    """The reference has whole skills only: W_text + A B, computed here."""
-    torch.manual_seed(1)
-    model = lora_model()
-    low = [name for name, _ in model.named_parameters() if is_difference(name)]
-    assert {name.rpartition(".")[2] for name in low} == {"depth"}
-    with torch.no_grad():
-        for name in low:
-            model.get_parameter(name).copy_(torch.randn_like(model.get_parameter(name)))
-    spec = model.config.tasks["deep"]
-    reference = add_task(add_skill(small_model(bias=True), "depth"), "deep", spec)
-    factors = {name.replace(".left.", ".weights.") for name in low if ".left." in name}
-    with torch.no_grad():
-        for name, parameter in reference.named_parameters():
-            if name in factors:
-                source = model.get_parameter(name.replace("depth", "text"))
-                left, right = (
-                    model.get_parameter(name.replace(".weights.", side))
-                    for side in (".left.", ".right.")
-                )
-                parameter.copy_(source + left @ right)
-            else:
-                parameter.copy_(model.get_parameter(name))
-    losses = [loss_of(each, "deep") for each in (model, reference)]
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=1e-12)
-    for loss in losses:
-        loss.backward()
-    for name in factors:
-        whole = reference.get_parameter(name).grad
-        assert whole is not None
-        left, right = (
-            model.get_parameter(name.replace(".weights.", side)) for side in (".left.", ".right.")
-        )
-        torch.testing.assert_close(left.grad, whole @ right.detach().T, rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(right.grad, left.detach().T @ whole, rtol=1e-10, atol=1e-12)
-        source = model.get_parameter(name.replace("depth", "text"))
-        torch.testing.assert_close(source.grad, whole, rtol=1e-10, atol=1e-12)
 
 
 def test_files_counts_and_operations_include_the_source(tmp_path: Path) -> None:
