@@ -206,16 +206,31 @@ def masked_task(skill: str) -> Task:
     return Task("masked", {"input": SkillPlan((skill,), "text")})
 
 
-def test_saved_models_name_their_system(tmp_path: Any) -> None:
-    model = build_system("dense", small_config(), {"size": "executed"}).eval()
+@pytest.mark.parametrize(
+    ("system", "options", "task"),
+    [
+        ("skillnet", {}, "text_to_image"),
+        ("dense", {"size": "executed"}, "text_to_code"),
+        ("moe", {"ffn_dim": 6, "experts": 4, "every": 2}, "speech_recognition"),
+        ("alone", {}, "text_to_code"),
+    ],
+)
+def test_saved_models_load_by_their_system_as_a_whole_and_by_task(
+    system: str, options: dict[str, Any], task: str, tmp_path: Any
+) -> None:
+    model = build_system(system, small_config(), options).eval()
     model.save_pretrained(tmp_path / "model")
-    again = load_model(tmp_path / "model")
-    assert (again.system, again.options["size"]) == ("dense", "executed")
-    assert again.config == model.config
-    one = load_model(tmp_path / "model", "text_to_code")
-    batch = towers_of("text_to_code", model.config)
-    expected, found = model("text_to_code", batch), one("text_to_code", batch)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    batch = {
+        tower: {name: x.float() if x.is_floating_point() else x for name, x in each.items()}
+        for tower, each in towers_of(task, model.config).items()
+    }
+    expected = model(task, batch)
+    for known in (None, task):
+        again = load_model(tmp_path / "model", known)
+        assert (again.system, again.options) == (system, model.options)
+        assert known or again.config == model.config
+        found = again(task, batch)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_mistakes_are_named() -> None:

@@ -15,7 +15,7 @@ from skillnet.baselines import moe_layers
 from skillnet.baselines.moe import MoE, MoEOptions
 from skillnet.baselines.moe_layers import ExpertFeedForward, RoutingResult
 from skillnet.skills import default_tasks
-from skillnet.systems import build_system, load_model
+from skillnet.systems import build_system
 from tests.helpers.small_models import loss_of, small_config, small_model, towers_of
 
 
@@ -278,19 +278,13 @@ def floats(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: x.float() if x.is_floating_point() else x for k, x in batch.items()}
 
 
-def test_every_second_layer_and_a_round_trip(tmp_path: Any) -> None:
-    model = moe(num_layers=4, options={"every": 2}).eval()
+def test_every_second_layer_has_experts() -> None:
+    model = moe(num_layers=4, options={"every": 2})
     assert [layer.__class__.__name__ for layer in model.encoder.layers] == [
         "EncoderLayer",
         "ExpertLayer",
     ] * 2
     assert model.encoder.layers[0].feedforward.up.shape[0] == 12
-    model.save_pretrained(tmp_path / "model")
-    again = load_model(tmp_path / "model", "speech_recognition")
-    batch = towers_of("speech_recognition", model.config)
-    expected = model("speech_recognition", batch)["log_probs"]
-    assert torch.equal(again("speech_recognition", batch)["log_probs"], expected)
-    assert again.options == model.options
 
 
 def test_mistakes_are_named() -> None:
