@@ -287,20 +287,6 @@ def test_mistakes_inside_ray_are_still_mistakes(
     assert capsys.readouterr().err == "error: recording 7: no symbols\n"
 
 
-def test_interrupt_from_outside_exits_with_130() -> None:
-    code = (
-        "import signal, time; from skillnet_platform.cli import run_command\n"
-        # A shell's background jobs are born with it ignored.
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "def main(argv=None):\n"
-        "    print('ready', flush=True); time.sleep(60)\n"
-        "raise SystemExit(run_command(main, []))"
-    )
-    with start_python("-c", code, until="ready") as process:
-        process.send_signal(signal.SIGINT)
-        assert process.wait(120) == 130
-
-
 #: A program whose Ray is connected, and aborts the process in its teardown.
 PROGRAM = """
 import atexit, os, sys, time, types
@@ -360,8 +346,15 @@ def test_no_teardown_of_ray_decides_the_end_of_a_program(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-@pytest.mark.parametrize("words", ["--help", "finetune --help", "pin-nodes /dev/null --json"])
-@pytest.mark.parametrize("stdout", [">/dev/full", ">&-"])
+@pytest.mark.parametrize(
+    ("words", "stdout"),
+    [
+        ("--help", ">/dev/full"),
+        ("--help", ">&-"),
+        ("finetune --help", ">&-"),
+        ("pin-nodes /dev/null --json", ">/dev/full"),
+    ],
+)
 def test_a_standard_output_that_takes_nothing_is_one_message(words: str, stdout: str) -> None:
     done = run_in_shell(f"{COMMAND} {words} {stdout}")
     assert done.returncode == 1

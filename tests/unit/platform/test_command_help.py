@@ -13,6 +13,8 @@ from skillnet_platform.config.schema import all_keys
 
 #: Lines of options on one screen, with --config, --json and --help.
 SCREEN = 24
+#: Of docstrings.
+MARKUP = re.compile(r":[a-z]+:`|``")
 
 
 def help_lines(*arguments: str) -> list[str]:
@@ -37,6 +39,12 @@ def test_help_fits_on_one_screen(name: str) -> None:
     assert all(line.startswith("  --") for line in options), "one line per option"
     assert f"All options: skillnet {name} --help all" in lines
     assert max(map(display_width, lines)) <= WIDTH
+    assert not MARKUP.search("\n".join(lines))
+    command = cli.find_commands()[name].load()
+    assert len(command.essential) <= MAX_ESSENTIAL
+    assert {key.partition(".NAME")[0] for key in command.essential} <= set(
+        all_keys(command.config_class)
+    )
 
 
 @pytest.mark.parametrize("name", sorted(cli.SUMMARIES))
@@ -45,6 +53,7 @@ def test_help_all_shows_every_option_in_full(name: str) -> None:
     assert lines == help_lines(name, "--help=all")
     assert max(map(display_width, lines)) <= WIDTH
     text = "\n".join(lines)
+    assert not MARKUP.search(text)
     command = cli.find_commands()[name].load()
     referred = tuple(re.findall(r"--([\w.]+\.)KEY ", text))
     assert referred == {"compare": ("run.", "pretraining."), "sweep": ("run.",)}.get(name, ())
@@ -67,22 +76,6 @@ def test_a_command_has_few_options(name: str, most: int) -> None:
     """A new option needs a preset, a sweep, a study or a guide that sets it."""
     lines = help_lines(name, "--help", "all")
     assert len([line for line in lines if line.startswith("  --")]) <= most
-
-
-@pytest.mark.parametrize("name", sorted(cli.SUMMARIES))
-def test_essential_options_exist(name: str) -> None:
-    command = cli.find_commands()[name].load()
-    assert len(command.essential) <= MAX_ESSENTIAL
-    known = set(all_keys(command.config_class))
-    for key in command.essential:
-        assert key.partition(".NAME")[0] in known
-
-
-@pytest.mark.parametrize("name", sorted(cli.SUMMARIES))
-def test_help_has_no_markup_of_docstrings(name: str) -> None:
-    for words in ((name, "--help"), (name, "--help", "all")):
-        text = "\n".join(help_lines(*words))
-        assert not re.search(r":[a-z]+:`|``", text)
 
 
 def test_markup_of_notes_is_shown_as_plain_text() -> None:

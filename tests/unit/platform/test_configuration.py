@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-import yaml
 
 from skillnet.config import SkillNetConfig
-from skillnet_platform import config, console
+from skillnet_platform import config
 from skillnet_platform.config import safe_yaml
 from skillnet_platform.errors import UserError
 from skillnet_platform.secret_uri import SecretUri
@@ -214,12 +213,6 @@ def test_dotted_override_reaches_into_a_plan() -> None:
         assert plan.modality == "video"
 
 
-def test_null_takes_an_entry_away() -> None:
-    tasks = parse("--model.tasks.text_to_code", "null").model.tasks
-    assert "text_to_code" not in tasks
-    assert len(tasks) == 4
-
-
 def test_a_new_entry_of_a_dictionary_gets_its_type() -> None:
     made = parse("--parts.b.corpus", "drawings", "--parts.b.weight=2")
     assert made.parts == {"a": Part("headings"), "b": Part("drawings", 2.0)}
@@ -300,18 +293,6 @@ def test_every_bare_word_goes_into_a_list() -> None:
 
     assert config.parse_config(Many, ["a", "b"], prog="x").names == ["a", "b"]
     assert config.parse_config(Many, [], prog="x").names == []
-
-
-def test_json_keeps_standard_output_for_the_document(capsys: pytest.CaptureFixture[str]) -> None:
-    parse("--json")
-    try:
-        print("noise of a library")
-        console.emit_json({"a": float("nan"), "p": Path("x")})
-    finally:
-        console.end_json()
-    captured = capsys.readouterr()
-    assert yaml.safe_load(captured.out) == {"a": None, "p": "x"}
-    assert "noise" in captured.err
 
 
 def test_presets_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

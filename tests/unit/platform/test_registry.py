@@ -196,14 +196,9 @@ def without_mlflow(*_: Any) -> Any:
     raise AssertionError("MLflow was asked")
 
 
-@pytest.mark.parametrize("address", ["models:/quick@champion", "models:/quick/1"])
 @pytest.mark.parametrize("location", ["database-folder", "file"])
 def test_a_version_in_a_database_is_read_without_mlflow(
-    address: str,
-    location: str,
-    run: tracking.Tracker,
-    files: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    location: str, run: tracking.Tracker, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = f"quick-{location}"
     put(run, files, name, 0.5)
@@ -214,17 +209,18 @@ def test_a_version_in_a_database_is_read_without_mlflow(
                 "UPDATE model_versions SET storage_location = ? WHERE name = ?",
                 (folder.as_uri(), name),
             )
-    address = address.replace("quick", name)
-    with monkeypatch.context() as patch:
-        patch.setattr(version_reader, "read_version", lambda *_: None)
-        by_mlflow = registry.resolve_registered(address, run.uri)
-    monkeypatch.setattr(backend, "create_client", without_mlflow)
-    assert registry.resolve_registered(address, run.uri) == by_mlflow
-    (weights,) = by_mlflow.path.rglob("offset.json")
-    weights.write_text("6")
-    with pytest.raises(UserError, match="was altered after its registration"):
-        registry.resolve_registered(address, run.uri)
-    weights.write_text("5")
+    for address in (f"models:/{name}@champion", f"models:/{name}/1"):
+        with monkeypatch.context() as patch:
+            patch.setattr(version_reader, "read_version", lambda *_: None)
+            by_mlflow = registry.resolve_registered(address, run.uri)
+        with monkeypatch.context() as patch:
+            patch.setattr(backend, "create_client", without_mlflow)
+            assert registry.resolve_registered(address, run.uri) == by_mlflow
+            (weights,) = by_mlflow.path.rglob("offset.json")
+            weights.write_text("6")
+            with pytest.raises(UserError, match="was altered after its registration"):
+                registry.resolve_registered(address, run.uri)
+            weights.write_text("5")
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 
+#: Ray is imported before the settings are made, as a notebook may do it.
 DRIVER = """
-import json, sys
+import json, ray, sys
 from skillnet_platform import cluster
 with cluster.ray_session(cpus=1) as ray:
     from ray._private.runtime_env.uv_runtime_env_hook import hook
@@ -29,19 +30,7 @@ def find_uv() -> str | None:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize(
-    "import_first",
-    [
-        pytest.param(
-            False,
-            marks=pytest.mark.slow(
-                "test_uv_run.py::test_workers_keep_their_interpreter_under_uv_run"
-            ),
-        ),
-        True,
-    ],
-)
-def test_workers_keep_their_interpreter_under_uv_run(tmp_path: Path, import_first: bool) -> None:
+def test_workers_keep_their_interpreter_under_uv_run(tmp_path: Path) -> None:
     uv = find_uv()
     if uv is None:
         pytest.skip("uv is not installed: pip install -e '.[dev]'")
@@ -53,9 +42,8 @@ def test_workers_keep_their_interpreter_under_uv_run(tmp_path: Path, import_firs
         "UV_CACHE_DIR": str(tmp_path / "cache"),
         "UV_OFFLINE": "1",
     }
-    script = ("import ray\n" if import_first else "") + DRIVER
     done = subprocess.run(
-        [uv, "run", "--no-project", "--python", sys.executable, "python", "-c", script],
+        [uv, "run", "--no-project", "--python", sys.executable, "python", "-c", DRIVER],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
