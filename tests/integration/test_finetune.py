@@ -1,6 +1,5 @@
 """``skillnet finetune`` from the command line to the model, with and without Ray."""
 
-import functools
 import json
 import os
 import shutil
@@ -16,7 +15,6 @@ from pipelines.finetune import finetune, main, run_end_to_end
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.evaluation.inference import InferenceRunner
 from pipelines.training.loop import run as training_run
-from pipelines.training.loop import worker
 from pipelines.training.loop.ray_train import fit
 from pipelines.training.loop.run_evaluation import evaluate_run
 from pipelines.training.runs import model_source
@@ -89,22 +87,12 @@ def test_a_run_in_this_process(data: Path, run_root: Path) -> None:
         finetune(config)
 
 
-def test_resuming_by_name_keeps_the_mlflow_run(
-    data: Path, run_root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = finetune(config_for(data))
-    config = config_for(data)
-    config.name = "parts"
-    with monkeypatch.context() as early:
-        early.setattr(worker, "train_model", functools.partial(worker.train_model, stop_at=3))
-        first = finetune(config)
-    assert first["step"] == 3
-    assert first["stopped_early"] == "stopped at step 3, as requested"
-    second = finetune(config)
-    assert (second["step"], second["resumed"]) == (6, 3)
-    assert second["run_id"] == first["run_id"]
-    one, other = weights(whole["model"]), weights(second["model"])
-    assert all(torch.equal(one[name], other[name]) for name in one)
+@pytest.fixture(scope="module")
+def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The result of an undisturbed run in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SKILLNET_HOME", str(tmp_path_factory.mktemp("alone")))
+        return finetune(config_for(data))
 
 
 class SignalSender:
@@ -121,8 +109,7 @@ class SignalSender:
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "step"),
-    [(signal.SIGTERM, 143, 4), (signal.SIGHUP, 129, 4), (signal.SIGINT, 130, 2)],
+    ("number", "code", "step"), [(signal.SIGTERM, 143, 4), (signal.SIGINT, 130, 2)]
 )
 def test_a_signal_ends_a_run_in_this_process_and_the_same_command_resumes(
     number: signal.Signals,
@@ -130,6 +117,7 @@ def test_a_signal_ends_a_run_in_this_process_and_the_same_command_resumes(
     step: int,
     data: Path,
     run_root: Path,
+    alone: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(connect, "ensure_ray", None)
@@ -139,18 +127,16 @@ def test_a_signal_ends_a_run_in_this_process_and_the_same_command_resumes(
         run_end_to_end(config, "finetune", callbacks=[SignalSender(number, 3)])
         return 0
 
-    # A shell starts its background jobs with these signals ignored.
-    wanted = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
-    before = {each: signal.signal(each, handler) for each, handler in wanted.items()}
+    # A shell starts its background jobs with this signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert run_command(run, [], "pipelines.finetune") == code
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        signal.signal(signal.SIGINT, before)
+    run_id = json.loads((run_root / "test" / "run.json").read_text(encoding="utf-8"))["run_id"]
     resumed = finetune(config)
-    assert (resumed["resumed"], resumed["step"]) == (step, 6)
-    config.name = "whole"
-    whole, parts = weights(finetune(config)["model"]), weights(resumed["model"])
+    assert (resumed["resumed"], resumed["step"], resumed["run_id"]) == (step, 6, run_id)
+    whole, parts = weights(alone["model"]), weights(resumed["model"])
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
@@ -206,9 +192,8 @@ def test_two_ray_workers_listen_on_loopback_only(two_workers: WatchedRun) -> Non
 
 
 def test_two_ray_workers_reach_the_same_weights(
-    data: Path, run_root: Path, two_workers: WatchedRun
+    alone: dict[str, Any], two_workers: WatchedRun
 ) -> None:
-    alone = finetune(config_for(data))
     config, two, _ = two_workers
     assert two["world"] == 2
     assert two["commit"] == find_source_commit()
@@ -253,25 +238,6 @@ def test_a_folder_that_is_no_run_is_left_alone(data: Path, run_root: Path) -> No
         finetune(config_for(data))
 
 
-def test_a_task_that_is_switched_off_needs_no_corpus(
-    run_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    here = readable_corpora.write_corpora(tmp_path / "data")
-    # A model of four tasks is registered if each of them took a step.
-    config = config_for(here, steps=6, precision="auto")
-    config.model = readable_corpora.config()
-    config.evaluate = config.tracking.register = True
-    shutil.rmtree(here / config.tasks.pop("speech_recognition").corpus)
-    result = finetune(config)
-    assert result["registered"]["alias"] == "champion"
-    bundle = read_bundle_manifest(Path(registered(result)))
-    assert set(bundle["tasks"]) == set(config.tasks)
-    words = ["--model", result["run"], "--data", str(here), "--simple_baselines", "false", "--json"]
-    assert evaluate.main(words) == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
-    assert {row["task"] for row in rows} == set(config.tasks)
-
-
 def test_a_run_on_two_corpora_reads_and_saves_nothing_else(
     run_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -299,17 +265,22 @@ def test_a_run_on_two_corpora_reads_and_saves_nothing_else(
     # The command that only registers fails, where the run above has another result.
     assert register.main([result["run"], "--data", str(here)]) == 2
     assert reason in " ".join(capsys.readouterr().err.split())
+    # A run is registered if each of its tasks took a step.
+    config.name, config.training.steps = "longer", 4
+    result = finetune(config)
+    assert result["registered"]["alias"] == "champion"
+    source = model_source.resolve_model(result["registered"]["uri"])
+    assert source.bundle is not None
+    assert set(read_bundle_manifest(source.bundle)["tasks"]) == set(config.tasks)
+    words = ["--model", result["run"], "--data", str(here), "--simple_baselines", "false", "--json"]
+    assert evaluate.main(words) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {row["task"] for row in rows} == set(config.tasks)
 
 
 def drop_tests(manifest: dict[str, Any]) -> None:
     for name in [name for name in manifest["splits"] if name.startswith("test")]:
         del manifest["splits"][name]
-
-
-def registered(result: dict[str, Any]) -> Path:
-    source = model_source.resolve_model(result["registered"]["uri"])
-    assert source.bundle is not None
-    return source.bundle
 
 
 def test_a_run_that_cannot_be_evaluated_ends_before_its_training(
