@@ -1,5 +1,8 @@
 """Gradients over ranks: sums, buckets, rows gathered with gradients."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -61,11 +64,6 @@ def sums_of_gradients(rank: int, world: int, bucket_bytes: float) -> None:
     assert sync.bytes_reduced == 3 * left + right
 
 
-@pytest.mark.parametrize("bucket_bytes", [1, 200, 1e9])
-def test_sums_are_those_of_one_process(bucket_bytes: float) -> None:
-    run_ranks(3, sums_of_gradients, bucket_bytes)
-
-
 class LateSum:
     """Handle of a sum over two equal ranks that is not made before somebody waits for it."""
 
@@ -101,10 +99,6 @@ def outside_the_plan(rank: int, world: int) -> None:
     sync.begin("left")
     with pytest.raises(AssertionError, match="outside the plan of left"):
         model.right(torch.ones(1, 6, dtype=torch.float64)).sum().backward()
-
-
-def test_a_gradient_outside_the_plan_is_a_defect() -> None:
-    run_ranks(2, outside_the_plan)
 
 
 class Shared(nn.Module):
@@ -144,10 +138,6 @@ def sums_in_shared_buckets(rank: int, world: int) -> None:
             own.grad = whole.grad = None
 
 
-def test_a_gradient_of_two_tasks_has_one_place() -> None:
-    run_ranks(2, sums_in_shared_buckets)
-
-
 def values_of_rank_0(rank: int, world: int, bucket_bytes: float) -> None:
     model, reference = Shared(), Shared()
     with torch.no_grad():
@@ -156,11 +146,6 @@ def values_of_rank_0(rank: int, world: int, bucket_bytes: float) -> None:
     broadcast_parameters(model.parameters(), bucket_bytes)
     for own, expected in zip(model.parameters(), reference.parameters(), strict=True):
         assert torch.equal(own, expected)
-
-
-@pytest.mark.parametrize("bucket_bytes", [1, 1e6])
-def test_all_ranks_get_the_values_of_rank_0(bucket_bytes: float) -> None:
-    run_ranks(2, values_of_rank_0, bucket_bytes)
 
 
 def contrastive(rank: int, world: int, count: int) -> None:
@@ -188,7 +173,25 @@ def contrastive(rank: int, world: int, count: int) -> None:
     torch.testing.assert_close(own_scale.grad, whole[2].grad, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("world", "count"), [(2, 7), (3, 7), (4, 3)])
-def test_contrastive_loss_is_that_of_one_process(world: int, count: int) -> None:
-    """Uneven slices, also an empty one."""
-    run_ranks(world, contrastive, count)
+#: Number of ranks -> checks that run one after the other in one group of processes.
+CHECKS: dict[int, list[tuple[Callable[..., None], *tuple[Any, ...]]]] = {
+    2: [
+        (sums_in_shared_buckets,),
+        *((values_of_rank_0, bucket_bytes) for bucket_bytes in (1, 1e6)),
+        (contrastive, 7),
+        (outside_the_plan,),
+    ],
+    3: [*((sums_of_gradients, bucket_bytes) for bucket_bytes in (1, 200, 1e9)), (contrastive, 7)],
+    # The last rank has no row.
+    4: [(contrastive, 3)],
+}
+
+
+def run_checks(rank: int, world: int) -> None:
+    for check, *given in CHECKS[world]:
+        check(rank, world, *given)
+
+
+@pytest.mark.parametrize("world", CHECKS)
+def test_sums_and_gathered_rows_are_those_of_one_process(world: int) -> None:
+    run_ranks(world, run_checks)
