@@ -28,7 +28,11 @@ from tests.helpers.synthetic_runs import TASKS, write_study
 SYSTEMS = {"skillnet": 0.5, "skillnet-pretrained": 1.2, "specialist": 0.0, "dense": -0.6}
 
 
-def show_evaluation(folder: Path) -> None:
+#: Prints tables for people.
+Show = Callable[[], None]
+
+
+def show_evaluation(folder: Path) -> Show:
     metrics = {
         "text_classification": ("accuracy", "macro_f1"),
         "speech_recognition": ("token_error_rate", "exact_rate"),
@@ -49,11 +53,15 @@ def show_evaluation(folder: Path) -> None:
                 flops_per_example=100,
                 steps=2900,
             )
-    console.print_table("run", *result_cells(rows))
-    console.print_table("five tasks", *summary_cells(rows, rows, default_tasks(), 20))
+
+    def show() -> None:
+        console.print_table("run", *result_cells(rows))
+        console.print_table("five tasks", *summary_cells(rows, rows, default_tasks(), 20))
+
+    return show
 
 
-def show_ranking(folder: Path) -> None:
+def show_ranking(folder: Path) -> Show:
     settings = {"training.lr": 0.00123, "model.dim": 256, "plan": "general+text+alignment"}
     one = RankedConfiguration(
         rank=1,
@@ -68,34 +76,36 @@ def show_ranking(folder: Path) -> None:
         step=2900,
     )
     two = RankedConfiguration(**(asdict(one) | {"rank": 2, "name": "lr=0.00456_dim=64"}))
-    console.print_table("sweep", *build_ranking_table([one, two]))
+    return lambda: console.print_table("sweep", *build_ranking_table([one, two]))
 
 
-def show_comparison(folder: Path) -> None:
+def show_comparison(folder: Path) -> Show:
     runs = write_study(folder / "runs", SYSTEMS, seeds=(0, 1, 2))
-    show_report(build_report(compare_runs(label_runs([read_run(f) for f in runs])), "four"))
+    report = build_report(compare_runs(label_runs([read_run(f) for f in runs])), "four")
+    return lambda: show_report(report)
 
 
-def show_inspected_folder(folder: Path) -> None:
-    show_inspection(inspect_corpus(str(user_corpora.tnews(folder / "tnews"))))
+def show_inspected_folder(folder: Path) -> Show:
+    found = inspect_corpus(str(user_corpora.tnews(folder / "tnews")))
+    return lambda: show_inspection(found)
 
 
-def show_doctor(folder: Path) -> None:
+def show_doctor(folder: Path) -> Show:
     advice = "free space, or set SKILLNET_HOME to a directory of a larger disk, and run it again"
     findings = [
         Finding("memory", "ok", "13.1 GiB of 15.6 GiB are free"),
         Finding("disk", "warning", "3.1 GiB are free in /home/somebody/skillnet", advice),
     ]
-    show_findings(DoctorReport("doctor", findings, findings))
+    return lambda: show_findings(DoctorReport("doctor", findings, findings))
 
 
-def show_verified_model(folder: Path) -> None:
+def show_verified_model(folder: Path) -> Show:
     detail = "13 files, 23.4 MiB in /home/somebody/skillnet/runs/first-run/model"
     checks = [HashCheck("weights", "ok", detail), HashCheck("corpus headings", "absent", "–")]
-    show_verification(checks, "models:/skillnet@champion")
+    return lambda: show_verification(checks, "models:/skillnet@champion")
 
 
-SHOWN: list[Callable[[Path], None]] = [
+SHOWN: list[Callable[[Path], Show]] = [
     show_evaluation,
     show_ranking,
     show_comparison,
@@ -105,11 +115,9 @@ SHOWN: list[Callable[[Path], None]] = [
 ]
 
 
-@pytest.mark.parametrize("width", [80, 100, 120])
-@pytest.mark.parametrize("show", SHOWN)
+@pytest.mark.parametrize("prepare", SHOWN)
 def test_tables_fit_the_width_and_break_no_word(
-    show: Callable[[Path], None],
-    width: int,
+    prepare: Callable[[Path], Show],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -123,16 +131,21 @@ def test_tables_fit_the_width_and_break_no_word(
         print_table(title, columns, rows, caption)
 
     monkeypatch.setattr(console, "print_table", record)
-    monkeypatch.setenv("COLUMNS", str(width))
-    show(tmp_path)
-    printed = capsys.readouterr().out
-    # Chinese has no spaces, so its lines end after any character.
-    latin = {word for word in words if cell_len(word) == len(word)}
-    assert len(latin) > 10
-    assert latin - set(printed.split()) == set()
-    for line in printed.splitlines():
-        # Only a path that is too long for the rest of its row makes a line longer.
-        assert cell_len(line) <= width or any(len(word) > width // 2 for word in line.split())
+    show = prepare(tmp_path)
+    for width in (80, 100, 120):
+        monkeypatch.setenv("COLUMNS", str(width))
+        capsys.readouterr()
+        words.clear()
+        show()
+        printed = capsys.readouterr().out
+        # Chinese has no spaces, so its lines end after any character.
+        latin = {word for word in words if cell_len(word) == len(word)}
+        assert len(latin) > 10
+        assert latin - set(printed.split()) == set(), width
+        for line in printed.splitlines():
+            # Only a path that is too long for the rest of its row makes a line longer.
+            is_path = any(len(word) > width // 2 for word in line.split())
+            assert cell_len(line) <= width or is_path, width
 
 
 class Terminal(io.StringIO):
