@@ -1,8 +1,6 @@
 """Every system trains through ``finetune``, is saved, loaded by its name, and evaluated."""
 
-import shutil
-import subprocess
-import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -145,13 +143,16 @@ def test_errors_are_named_before_anything_starts(
 
 @pytest.fixture
 def bag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Install a third-party package whose entry point names a system."""
-    source = tmp_path / "source"  # pip leaves its traces beside what it builds
-    shutil.copytree(Path(__file__).parents[1] / "systems_package", source)
-    target = tmp_path / "installed"
-    what = ("--no-deps", "--no-build-isolation", "--no-index", "--target", str(target), str(source))
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *what], check=True)
-    monkeypatch.syspath_prepend(target)
+    """A third-party package whose entry point names a system, as pip leaves it."""
+    package = Path(__file__).parents[1] / "systems_package"
+    project = tomllib.loads((package / "pyproject.toml").read_text("utf-8"))["project"]
+    ((name, value),) = project["entry-points"]["skillnet.systems"].items()
+    about = tmp_path / "installed" / "bag-1.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: bag\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(f"[skillnet.systems]\n{name} = {value}\n")
+    monkeypatch.syspath_prepend(package)
+    monkeypatch.syspath_prepend(about.parent)
 
 
 @pytest.mark.usefixtures("bag")
