@@ -57,8 +57,6 @@ def test_a_registered_model_needs_no_corpora_and_a_checkpoint_does(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "no input; give --text"),
-        (["none.png"], "no such file"),
         (["--text", "x", "--model", "models:/skillnet@champoin"], "aliases @champion"),
         (["--text", "x", "--top", "0"], "top: expected a whole number from 1 to"),
     ],

@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -73,19 +72,6 @@ def test_command_line(
     assert main(["--config", str(path), "--tasks.masked_text.split", "test", "--name", "x"]) == 2
     assert "allows pretrain, train for pretraining, not test" in capsys.readouterr().err
     assert not (run_root / "x").exists()
-
-
-@pytest.mark.slow("test_resume.py::test_a_run_in_parts_on_any_workers_equals_a_whole_one")
-def test_two_ray_workers(data: Path, run_root: Path, ray_session: Any) -> None:
-    alone = pretrain(small_pretraining(data, steps=5))
-    config = small_pretraining(data, steps=5, workers=2, sharding="full")
-    config.name = "two"
-    two = pretrain(config)
-    assert two["world"] == 2
-    one, other = saved(alone["model"]), saved(two["model"])
-    for name in one:
-        torch.testing.assert_close(other[name], one[name], rtol=1e-9, atol=1e-9, msg=name)
-    assert two["losses"] == pytest.approx(alone["losses"])
 
 
 # -- fine-tuning from it --------------------------------------------------------------------------

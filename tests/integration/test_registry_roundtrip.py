@@ -105,18 +105,6 @@ def test_an_input_without_a_known_column_is_refused(place: Place, given: Any) ->
         loaded.predict(given)
 
 
-def test_the_number_of_alternatives_is_a_parameter(place: Place):
-    loaded = load_registered(CHAMPION)
-    answer = loaded.predict(pd.DataFrame([{"text": "历史年鉴"}]), params={"top": 2})
-    assert len(answer["alternatives"][0]) == 2
-
-
-def test_a_served_model_refuses_a_table_with_an_unusable_row(place: Place) -> None:
-    """The reasons are in tests/unit/pipelines/serving/test_entries.py."""
-    with pytest.raises(UserError, match=r'row 1: expected {"text"'):
-        load_registered(CHAMPION).predict(pd.DataFrame([{"text": "x"}, {"name": "a"}]))
-
-
 def test_evaluation_through_the_registry_is_that_of_the_checkpoint(place: Place, capsys):
     assert evaluate.main(["--data", str(place.data), "--bootstrap_samples", "50", "--json"]) == 0
     through = json.loads(capsys.readouterr().out)["rows"]
