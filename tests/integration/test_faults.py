@@ -22,7 +22,6 @@ from benchmarks.apart import KILLS
 from pipelines.finetune import finetune
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.runs.progress_log import read_metric_history
-from skillnet_platform import cli
 from skillnet_platform import config as configuration
 from tests.chaos.fault_injection import VARIABLE, finetune_with_faults
 from tests.chaos.namespaces import missing
@@ -110,21 +109,6 @@ def test_killed_processes_of_one_run(
     assert result["resumed"] == faults[-1]["step"] - 1
     assert same(tensors(run, STEPS), undisturbed(2, "fp32"))
     assert steps_of(run) == list(range(1, STEPS + 1)), "each step is on record"
-
-
-@pytest.mark.slow("test_cli.py::test_mistakes_inside_ray_are_still_mistakes")
-def test_a_user_error_in_a_worker_is_reported_and_not_tried_again(
-    data: Path, tmp_path: Path, ray_session: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Without a checkpoint there is no bit to flip; a second attempt would find the fault's marker.
-    fault = {"rank": 0, "step": 1, "kind": "flip"}
-    config = config_for(data, tmp_path, "mistaken", workers=2)
-    said: list[str] = []
-    monkeypatch.setattr("skillnet_platform.console.print_error", said.append)
-    assert cli.run_command(lambda _: finetune_with_faults(config, fault) and 0, []) == 2
-    assert "holds no checkpoint to flip a bit of" in said[0]
-    reported = (tmp_path / "mistaken" / "progress.jsonl").read_text(encoding="utf-8")
-    assert reported.count('"losses": ""') == 1, "the workers were started once"
 
 
 def start_run(

@@ -218,38 +218,6 @@ def test_nested_workers_train_like_one_process(
         )
 
 
-@pytest.mark.slow("test_compare.py::test_a_study_runs_and_resumes")
-def test_trials_share_a_pretraining(
-    data: Path, parent: tracking.Tracker, run_root: Path, ray_session: Any
-) -> None:
-    from pipelines.training.config.run import PretrainConfig, TaskTraining
-
-    config = base(data, steps=2)
-    before = PretrainConfig(
-        data=str(data),
-        model=replace(config.model, tasks=PretrainConfig().model.tasks),
-        tasks={"masked_text": TaskTraining("headings", batch_size=4, split="train")},
-        training=replace(config.training, steps=3),
-    )
-    outcomes = run_trials(
-        [
-            trial("one", config, pretrain=before),
-            trial("other", replace(config, seed=1), pretrain=replace(before)),
-            trial("fresh", config),
-        ],
-        folder=run_root / "pretrained",
-        parent=parent,
-        resources=ResourceConfig(max_concurrent_trials=1),
-    )
-    assert [outcome.status for outcome in outcomes] == ["finished"] * 3, outcomes
-    pretrained = [name for name in runs_below(parent.run_id) if name.startswith("pretraining-")]
-    assert len(pretrained) == 1
-    starts = [outcome.result["init_from"] for outcome in outcomes if outcome.result]
-    assert starts[0] == starts[1]
-    assert starts[0]["source"].endswith(f"{pretrained[0]}/model")
-    assert starts[2] is None
-
-
 def sweep_file(path: Path, run: FinetuneConfig, **more: Any) -> Path:
     body = {
         "run": configuration.to_dict(run),

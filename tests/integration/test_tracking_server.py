@@ -8,7 +8,6 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
@@ -31,7 +30,6 @@ from tests.helpers.waiting import wait_for_answer, wait_until
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).parents[2]
 TRIALS = 10
 
 
@@ -72,36 +70,6 @@ def served(*words: str, home: Path) -> Iterator[str]:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         log.close()
-
-
-@pytest.mark.slow("test_tracker.py::test_a_killed_process_leaves_no_server")
-def test_a_tracker_that_is_killed_leaves_nobody_and_is_there_again_by_the_same_command(
-    run_root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("flask_wtf", reason="needs Flask-WTF: pip install '.[tracker]'")
-    where = TrackingConfig(system_metrics=False)
-    words = ("--auth", "true", "--port", str(free_port()))
-    with served(*words, home=run_root) as uri:
-        password = (run_root / "tracker/admin-password").read_text().strip()
-        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
-        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
-        where.uri = uri
-        with tracking.start_run("before", None, where) as run:
-            run.metrics({"loss": 1.0}, 1)
-        (mine,) = [
-            each
-            for each in psutil.Process().children()
-            if "skillnet_cluster.tracker" in each.cmdline()
-        ]
-        server = [each for each in mine.children(recursive=True) if each.name() != "sh"]
-        assert server
-        mine.kill()
-        _, alive = psutil.wait_procs(server, timeout=120)
-        assert not alive, "the server ends with the command that started it"
-    with served(*words, home=run_root) as again:
-        assert again == uri
-        assert (run_root / "tracker/admin-password").read_text().strip() == password
-        assert steps_of(run) == [(1, 1.0)]
 
 
 def steps_of(tracker: Tracker, name: str = "loss") -> list[tuple[int, float]]:
