@@ -25,13 +25,25 @@ def parabola(rates: list[float], top: float, width: float = 1.0) -> list[float]:
     return [0.5 - width * math.log(rate / top) ** 2 / 10 for rate in rates]
 
 
-def test_the_top_of_a_parabola_is_found_between_the_rates() -> None:
-    rates = RATES * 2
-    fit = fit_best_rate(rates, parabola(rates, 1.1e-3))
-    assert fit.rate == pytest.approx(1.1e-3)
-    assert fit.score == pytest.approx(0.5)
-    assert fit.low == pytest.approx(fit.high) == pytest.approx(1.1e-3)
+@pytest.mark.parametrize(
+    ("rates", "scores", "top"),
+    [
+        (RATES * 2, parabola(RATES * 2, 1.1e-3), 1.1e-3),
+        # Training fails at the highest rate.
+        (RATES, [*parabola(RATES, 1.1e-3)[:4], 0.0], 1.1e-3),
+        # Neighbours of the lowest rate are the next two.
+        (RATES, parabola(RATES, 2.2e-4), 2.2e-4),
+        (RATES[1:4], parabola(RATES[1:4], 1e-3), 1e-3),
+    ],
+)
+def test_the_top_of_a_parabola_is_found_between_the_rates(rates, scores, top):
+    fit = fit_best_rate(rates, scores)
+    assert (fit.rate, fit.score) == (pytest.approx(top), pytest.approx(0.5))
     assert not fit.note
+    if len(rates) == 3:
+        assert "error unknown" in fit.describe()
+    elif len(rates) > 5:
+        assert fit.low == pytest.approx(fit.high) == pytest.approx(top)
 
 
 def test_the_error_is_the_spread_of_the_top_over_repeated_trials() -> None:
@@ -49,19 +61,6 @@ def test_the_error_is_the_spread_of_the_top_over_repeated_trials() -> None:
     assert np.mean(tops) == pytest.approx(math.log(1e-3), abs=0.02)
 
 
-def test_a_rate_at_which_training_fails_does_not_move_the_top() -> None:
-    scores = parabola(RATES, 1.1e-3)
-    fit = fit_best_rate(RATES, [*scores[:4], 0.0])
-    assert fit.rate == pytest.approx(1.1e-3)
-    assert fit.score == pytest.approx(0.5)
-
-
-def test_neighbours_of_the_lowest_rate_are_the_next_two() -> None:
-    fit = fit_best_rate(RATES, parabola(RATES, 2.2e-4))
-    assert fit.rate == pytest.approx(2.2e-4)
-    assert not fit.note
-
-
 @pytest.mark.parametrize(
     ("rates", "scores", "rate", "note"),
     [
@@ -77,12 +76,6 @@ def test_the_best_trial_is_taken_where_no_parabola_has_a_top(rates, scores, rate
     assert note in fit.note
     assert (fit.low, fit.high) == (None, None)
     assert note in fit.describe()
-
-
-def test_three_rates_have_a_top_without_an_error() -> None:
-    fit = fit_best_rate(RATES[1:4], parabola(RATES[1:4], 1e-3))
-    assert fit.rate == pytest.approx(1e-3)
-    assert "error unknown" in fit.describe()
 
 
 def study(**systems: SystemConfig) -> StudyConfig:

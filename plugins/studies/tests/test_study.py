@@ -309,13 +309,6 @@ def test_errors_in_a_system_are_named(entry: SystemConfig, expected: str):
         build_base_run(study(systems={"x": entry}), "x", 0)
 
 
-def test_an_unknown_key_of_a_tuning_space_is_rejected():
-    with pytest.raises(UserError, match="lrr"):
-        space_trials(
-            study(tuning=TuningConfig(2, {"training.lrr": SearchDimension(uniform=[0.1, 0.2])}))
-        )
-
-
 @pytest.mark.parametrize("name", ["headline", "pilot", "tiny"])
 def test_presets_of_studies_expand(name: str):
     config = configuration.parse_config(

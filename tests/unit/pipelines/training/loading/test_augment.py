@@ -15,7 +15,6 @@ from torch import Tensor
 
 from pipelines.training.config.data import AugmentConfig
 from pipelines.training.config.run import FinetuneConfig
-from pipelines.training.loading import pixel_changes
 from pipelines.training.loading.dataloader import Batch, prefetch_batches
 from pipelines.training.loop.resolved_run import ResolvedRun, build_joint_run
 from skillnet.keyed_random import BatchRandom, draw_uniform, keyed_rng
@@ -184,18 +183,6 @@ def test_batches_of_a_gpu_are_prefetched_with_stored_pixels(data, processes, mon
             assert_equal(sent, loader.batch(step))
     if not processes:  # without a GPU, DataLoader pins nothing
         assert {x.dtype for x in pinned} >= {torch.uint8, torch.float32}
-
-
-def test_a_gpu_changes_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[slice] = []
-    rows = torch.empty(5, 1, 4, 4, 3, device="meta")
-    monkeypatch.setattr(pixel_changes, "SLICE_BYTES", 2 * 4 * 4 * 4 * 3)
-    pixel_changes._map_slices(rows, seen.append)
-    assert seen == [slice(0, 2), slice(2, 4), slice(4, 5)]
-    monkeypatch.setattr(pixel_changes, "SLICE_BYTES", 1)
-    seen.clear()
-    pixel_changes._map_slices(rows, seen.append)
-    assert len(seen) == 5
 
 
 @pytest.mark.parametrize("start", [0, 1, 7, 8, 9, 1001])

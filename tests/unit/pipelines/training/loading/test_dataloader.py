@@ -78,19 +78,6 @@ def test_another_seed_gives_other_rows_and_another_order(data: Path) -> None:
     assert any(set(one.rows) != set(other.rows) for one, other in plans)
 
 
-def test_each_row_occurs_once_per_epoch(stream: MultiTaskDataLoader) -> None:
-    seen: dict[str, list[int]] = {name: [] for name in stream.tasks}
-    for step in range(300):
-        plan = stream.batch_spec(step)
-        seen[plan.task].extend(plan.rows.tolist())
-    for name, rows in seen.items():
-        count = stream.datasets[name].num_rows
-        whole = len(rows) // count
-        assert whole >= 3
-        for epoch in range(whole):
-            assert sorted(rows[epoch * count : (epoch + 1) * count]) == list(range(count)), name
-
-
 def test_rows_change_from_epoch_to_epoch(stream: MultiTaskDataLoader) -> None:
     """Augmentation depends on the step: a repeated image is augmented differently."""
     steps = [step for step in range(200) if stream.batch_spec(step).task == "text_to_image"]
