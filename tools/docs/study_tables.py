@@ -8,6 +8,7 @@ final study.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,8 +32,8 @@ RESULTS = ROOT / "lab" / "results"
 PAGES = ROOT / "docs" / "results"
 FINAL_PAGE, BESIDE_PAGE = PAGES / "final.md", PAGES / "beside.md"
 
-#: Facts that are the same on each day.
-FACTS = ("runs at commit", "runs evaluated", "machine", "runs by precision")
+#: Facts that are the same on each day. The pages state machine and precision once.
+FACTS = ("runs at commit", "runs evaluated")
 NOT_COMPLETE = "*Not complete yet.*"
 CLAIMS, SCORES, DIFFERENCES = "Claims", "Results on held-out rows", "Differences from the reference"
 
@@ -167,7 +168,8 @@ def render_block(block: StudyBlock, results: Path = RESULTS) -> str:
     if report is None:
         return NOT_COMPLETE
     # The table of claims states the answer. A block of several studies has some of their systems.
-    parts = list_notices(report) if len(block.studies) == 1 else []
+    has_notices = len(block.studies) == 1 and not block.is_reserve
+    parts = list_notices(report) if has_notices else []
     facts = " · ".join(f"{name} {report.facts[name]}" for name in FACTS)
     parts.append(f"{report.lead}. {facts}.")
     described = list_described(block)
@@ -175,7 +177,13 @@ def render_block(block: StudyBlock, results: Path = RESULTS) -> str:
         table.title: replace(table, caption="") if table.title in described else table
         for table in report.tables
     }
-    parts += [known[title].to_markdown() for title in block.tables if title in known]
+    seen: set[str] = set()
+    for table in (known[title] for title in block.tables if title in known):
+        # A sentence about all tables of a report stands below the first one.
+        sentences = re.split(r"(?<=\.) ", table.caption)
+        caption = " ".join(each for each in sentences if each not in seen)
+        seen.update(sentences)
+        parts.append(replace(table, caption=caption).to_markdown())
     return "\n\n".join(parts)
 
 
