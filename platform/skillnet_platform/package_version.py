@@ -37,6 +37,8 @@ EXTRA_OF_PACKAGE = {
     "jinja2": "train",
     "boto3": "cluster",
     "sentence_transformers": "sentence-transformers",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
     "onnx": "export",
     "onnxscript": "export",
     "onnxruntime": "export",

@@ -19,6 +19,7 @@ from skillnet_files.entry_points import find_entries
 from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.errors import UserError, suggest_name
+from skillnet_platform.package_version import describe_missing_extra
 from skillnet_platform.tracking import Tracker
 
 CALLBACKS, LOGGERS = "skillnet.callbacks", "skillnet.loggers"
@@ -92,7 +93,10 @@ def find_observers(group: str, names: Sequence[str], key: str) -> list[Any]:
         try:
             found.append(known[name].load())
         except (ImportError, AttributeError) as error:
-            raise UserError(f"{key}: {group}:{name} cannot be loaded: {error}") from error
+            missing = describe_missing_extra(error)
+            raise UserError(
+                f"{key}: {missing or f'{group}:{name} cannot be loaded: {error}'}"
+            ) from error
     return found
 
 
