@@ -72,6 +72,8 @@ def test_the_tutorial_runs_as_printed(short_path: Path) -> None:
     reports = list((short_path / "runs" / "comparisons").rglob("report.html"))
     assert len(reports) == 1
     assert "read digit" in reports[0].read_text(encoding="utf-8")
+    # The page of packages uses both runs of this one.
+    assert "no file differs" in run_page("add-a-skill.md", short_path)
 
 
 @pytest.mark.integration
