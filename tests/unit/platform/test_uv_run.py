@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
+from ray._private import ray_constants
+
+from skillnet_platform.cluster import connect
 
 ROOT = Path(__file__).parents[3]
 
@@ -29,7 +33,21 @@ def find_uv() -> str | None:
     return str(beside) if beside.is_file() else shutil.which("uv")
 
 
+def test_a_process_that_imported_ray_first_ignores_uv_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*_: object, **options: object) -> None:
+        raise InterruptedError
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray_constants, "RAY_ENABLE_UV_RUN_RUNTIME_ENV", True)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(connect, "start_embedded_ray", start)
+    with pytest.raises(InterruptedError):
+        connect.ensure_ray(cpus=1)
+    assert not ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV
+
+
 @pytest.mark.integration
+@pytest.mark.slow("test_uv_run.py::test_a_process_that_imported_ray_first_ignores_uv_run")
 def test_workers_keep_their_interpreter_under_uv_run(tmp_path: Path) -> None:
     uv = find_uv()
     if uv is None:
