@@ -299,7 +299,10 @@ def test_saving_killed_at_any_event_loses_no_model_and_leaves_nothing(
     monkeypatch.setattr(commit, "exchange_paths", lambda one, other: False)
     # A process that dies leaves its writes to the kernel, so the disk need not be waited for.
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    old_model, new_model = small_model(), small_model(seed=1)
+    # Each file more is more events.
+    parts: dict[str, Any] = {"tasks": {TASKS[0]: small_config().tasks[TASKS[0]]}, "num_layers": 1}
+    parts["skills"] = ("general", "text")
+    old_model, new_model = small_model(**parts), small_model(seed=1, **parts)
     expected = {}
     for name, model in (("old", old_model), ("new", new_model)):
         model.save_pretrained(tmp_path / name)
