@@ -14,8 +14,6 @@ from pipelines import evaluate, predict, register
 from pipelines.finetune import finetune, main, run_end_to_end
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.evaluation.inference import InferenceRunner
-from pipelines.training.loop import run as training_run
-from pipelines.training.loop.ray_train import fit
 from pipelines.training.loop.run_evaluation import evaluate_run
 from pipelines.training.runs import model_source
 from pipelines.training.runs.bundle_manifest import read_bundle_manifest
@@ -138,27 +136,6 @@ def test_a_signal_ends_a_run_in_this_process_and_the_same_command_resumes(
     assert (resumed["resumed"], resumed["step"], resumed["run_id"]) == (step, 6, run_id)
     whole, parts = weights(alone["model"]), weights(resumed["model"])
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-
-
-def test_one_ray_worker_reaches_the_same_bits(
-    data: Path, run_root: Path, ray_session: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = config_for(data, precision="fp32", threads_per_worker=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(fit, "fit_on_ray", None)
-        patch.setattr(connect, "ensure_ray", None)
-        alone = finetune(config)
-    config.name = "one"
-    monkeypatch.setattr(training_run, "trains_in_process", lambda training: False)
-    one = finetune(config)
-    assert (one["world"], alone["world"]) == (1, 1)
-    assert one["losses"] == alone["losses"]
-    files = sorted(path.name for path in Path(alone["model"]).glob("*.safetensors"))
-    assert files
-    for name in files:
-        assert (Path(one["model"]) / name).read_bytes() == (
-            Path(alone["model"]) / name
-        ).read_bytes(), name
 
 
 class WatchedRun(NamedTuple):
