@@ -5,7 +5,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tomllib
 import venv
 import zipfile
@@ -211,14 +210,9 @@ def bare_environment(place: Path) -> Path:
     return place / "bin" / "python"
 
 
-def install(python: Path, *what: str) -> None:
-    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps"]
-    done = subprocess.run(
-        [*command, "--no-index", "--no-build-isolation", "--quiet", *what],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def install(python: Path, *wheels: str | Path) -> None:
+    words = ("--python", python, "install", "--no-deps", "--no-index", "--quiet", *wheels)
+    done = run_python("-m", "pip", *words)
     assert done.returncode == 0, done.stderr
 
 
@@ -272,12 +266,9 @@ def test_the_editable_install_follows_the_checkout(tmp_path: Path) -> None:
     python = bare_environment(tmp_path / "environment")
     # What `pip install --editable` asks of the build backend, which the bare environment lacks.
     code = f"import hatchling.build; print(hatchling.build.build_editable({str(tmp_path)!r}))"
-    wheels = []
-    for project in (ROOT, ROOT / "plugins" / "evidence"):
-        made = subprocess.run(
-            [sys.executable, "-c", code], cwd=project, capture_output=True, text=True, check=True
-        )
-        wheels.append(str(tmp_path / made.stdout.split()[-1]))
+    projects = (ROOT, ROOT / "plugins" / "evidence")
+    built = [run_python("-c", code, cwd=each, check=True).stdout for each in projects]
+    wheels = [tmp_path / each.split()[-1] for each in built]
     install(python, *wheels)
     places = run(python, "-c", WHERE, cwd=tmp_path).split()
     assert places[0] == str(ROOT / "platform" / "skillnet_files" / "commit.py")
