@@ -75,7 +75,7 @@ def test_every_hostile_row_is_rejected_and_its_neighbours_arrive(
     assert sum(corpus.manifest["quarantine"].values()) == aside
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["pictures", "texts"])  # more than half, and less, are bad
 def test_a_share_of_bad_rows_above_the_limit_stops_with_a_summary(
     tmp_path: Path, one_process: None, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
