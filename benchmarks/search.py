@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.measure import Result, in_turns, ratio, spread
-from skillnet_serving.retrieval.corpus_search import JoinedScores, _rank_hits
+from skillnet_serving.retrieval.corpus_search import _rank_hits
+from skillnet_serving.retrieval.vector_index import JoinedScores
 
 #: Vectors of an index, and numbers of a vector.
 SIZES, WIDTH = (1_000, 20_000, 100_000, 1_000_000), 256
@@ -39,7 +40,7 @@ def _compare(size: int, rounds: int) -> list[Result]:
     noise = 0.1 * random.standard_normal((QUERIES, WIDTH), dtype=np.float32)
     queries = vectors[size // 2] + noise
     corpus: Any = SimpleNamespace(splits={"test": _split(size)})
-    scores = JoinedScores(vectors)
+    scores = JoinedScores(vectors, vectors.shape[1])
 
     def search() -> list[Any]:
         return _rank_hits(corpus, ["test"], scores.score(queries[0]), TOP, "")

@@ -40,7 +40,7 @@ from skillnet import systems
 from skillnet.serialization import write_manifest, write_parts
 from skillnet_corpora.archives import iter_members
 from skillnet_platform import config
-from skillnet_serving.retrieval.corpus_search import read_index, write_index
+from skillnet_serving.retrieval.vector_index import read_index, write_index
 from skillnet_studies.analysis.finished_runs import compare_runs, label_runs, read_run
 from sweeps.search import ranking
 from sweeps.trials.ledger import LedgerEntry

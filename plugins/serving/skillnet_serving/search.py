@@ -36,7 +36,9 @@ class SearchConfig:
         data: directory or URI of prepared corpora; by default those of the model's run, else
             corpora below the run root.
         splits: splits to search; by default all except pretrain. The embeddings of their rows may
-            take 4 GiB: two million rows at a width of 512.
+            take 4 GiB: two million rows at a width of 512, or more by ``vectors``.
+        vectors: numbers of the index: float32; int8, in a quarter of its memory; binary, in a 32nd.
+            The share of the ten best rows that they find is printed.
         top: number of results.
         html: page to write; by default below searches in the run root.
         open: open the page in a browser.
@@ -50,6 +52,7 @@ class SearchConfig:
     model: str = "models:/skillnet@champion"
     data: str | None = None
     splits: list[str] | None = None
+    vectors: Literal["float32", "int8", "binary"] = "float32"
     top: PositiveCount = 12
     html: str | None = None
     open: bool = False
@@ -78,6 +81,8 @@ class SearchResult:
         hits: best first.
         page: the HTML file.
         caution: why the ranking may be arbitrary; "" if nothing speaks for that.
+        recall: share of the ten best rows of float32 vectors that int8 or binary ones find; None
+            for float32, and if it was not measured.
     """
 
     query: str
@@ -88,6 +93,7 @@ class SearchResult:
     hits: "list[SearchHit]"
     page: Path
     caution: str = ""
+    recall: float | None = None
 
 
 def search_corpus(config: SearchConfig) -> SearchResult:
@@ -124,7 +130,7 @@ def search_corpus(config: SearchConfig) -> SearchResult:
     assert tower is not None
     # Before the corpus is embedded, which takes long: the query may be unusable.
     row = predictor.read_row(item, task, tower)
-    search = CorpusSearch(predictor, source, data, task, config.splits, modality)
+    search = CorpusSearch(predictor, source, data, task, config.splits, modality, config.vectors)
     search.open_index()
     # The time excludes loading and indexing, which happen once for a model and a corpus.
     begin = time.monotonic()
@@ -135,7 +141,8 @@ def search_corpus(config: SearchConfig) -> SearchResult:
         preview = preview_query(item, row, search.modality)
         stream.write(search.render_hits(query, hits, preview=preview, doubt=doubt))
     path = page.absolute()
-    return SearchResult(query, task, search.model, search.num_rows, seconds, hits, path, doubt)
+    found = search.num_rows, seconds, hits, path, doubt, search.index.recall
+    return SearchResult(query, task, search.model, *found)
 
 
 def read_query(config: SearchConfig) -> "PredictionItem":

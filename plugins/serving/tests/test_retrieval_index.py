@@ -15,9 +15,13 @@ from pipelines.data.shards.files import LocalShardStore
 from pipelines.serving import bundle
 from skillnet_platform.errors import UserError
 from skillnet_serving.retrieval import corpus_search
-from skillnet_serving.retrieval.corpus_search import (
-    CorpusSearch,
+from skillnet_serving.retrieval.corpus_search import CorpusSearch
+from skillnet_serving.retrieval.vector_index import (
     JoinedScores,
+    RecallMeter,
+    VectorCode,
+    decode_vectors,
+    encode_vectors,
     iter_best,
     read_index,
     write_index,
@@ -86,6 +90,62 @@ def test_damaged_index_is_built_again(place, run_root, capsys):
     assert "damaged" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("code", "cosine"), [("float32", 1), ("int8", 0.9999), ("binary", 0.6)])
+def test_encoded_vectors_are_near_the_floats(code: VectorCode, cosine: float) -> None:
+    vectors = unit_vectors(500, 61)
+    encoded = encode_vectors(vectors, code)
+    decoded = decode_vectors(encoded, 61)
+    np.testing.assert_allclose(np.linalg.norm(decoded, axis=1), 1, atol=1e-6)
+    assert (vectors * decoded).sum(axis=1).min() >= cosine - 1e-6
+    assert encoded.nbytes == 500 * {"float32": 244, "int8": 61, "binary": 8}[code]
+    scores = JoinedScores(encoded, 61).score(vectors[7])
+    np.testing.assert_allclose(scores, decoded @ vectors[7], atol=1e-6)
+    if code == "int8":
+        assert not decode_vectors(encode_vectors(np.zeros((1, 61), np.float32), code), 61).any()
+
+
+def test_the_recall_counts_the_ten_best_rows_of_both() -> None:
+    vectors, queries = unit_vectors(40, 16), unit_vectors(3, 16)
+    other = vectors.copy()
+    # The best row of the first query becomes the last: 1 of 30 is missing.
+    other[np.argmax(vectors @ queries[0])] = -queries[0]
+    meter = RecallMeter(queries[:1])
+    for start in range(0, 40, 7):
+        meter.add_rows(vectors[start : start + 7], other[start : start + 7])
+    assert meter.measure_recall() == pytest.approx(0.9)
+    assert RecallMeter(queries[:0]).measure_recall() is None
+
+
+@pytest.mark.parametrize("code", ["int8", "binary"])
+def test_a_search_by_encoded_vectors_says_what_they_lose(
+    place, run_root, monkeypatch, capsys, code
+):
+    def open_search(code: VectorCode) -> CorpusSearch:
+        search = CorpusSearch(place.predictor, place.source, place.data, "text_to_image", code=code)
+        search.open_index()
+        return search
+
+    exact = open_search("float32").embed_rows()
+    monkeypatch.setattr(corpus_search, "CHUNK_ROWS", 3)
+    search = open_search(code)
+    encoded = search.embed_rows()
+    width = exact.shape[1]
+    wanted = decode_vectors(encode_vectors(exact, code), width)
+    # Another batch of rows rounds the floats otherwise, so a sign of a number near zero may differ.
+    np.testing.assert_allclose(
+        np.mean(np.abs(decode_vectors(encoded, width) - wanted)), 0, atol=1e-3
+    )
+    assert 0.3 < search.index.recall <= 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{code} vectors take" in said
+    assert f"they find {search.index.recall:.1%} of the ten best rows of float32 vectors" in said
+    monkeypatch.setattr(CorpusSearch, "_embed_table", None)  # the file has all of it
+    again = open_search(code)
+    assert again.index.recall == search.index.recall
+    query = exact[0]
+    assert again.rank_rows(query, 3) == search.rank_rows(query, 3)
+
+
 # -- known captions --------------------------------------------------------------------------
 
 
@@ -144,11 +204,11 @@ def test_queries_that_arrive_together_get_their_own_scores_bit_by_bit(monkeypatc
     vectors = unit_vectors(3_000, 24)
     vectors[1500] = vectors[7]
     queries = unit_vectors(40, 24)
-    alone = [JoinedScores(vectors).score(query) for query in queries]
+    alone = [JoinedScores(vectors, 24).score(query) for query in queries]
     np.testing.assert_allclose(alone, queries @ vectors.T, atol=1e-6)
     assert all(scores[1500] == scores[7] for scores in alone)
     passes: list[int] = []
-    joined = JoinedScores(vectors)
+    joined = JoinedScores(vectors, 24)
     run_pass, is_first = joined._run_pass, threading.Event()
 
     def count_pass(waiting: Any) -> None:
@@ -166,7 +226,7 @@ def test_queries_that_arrive_together_get_their_own_scores_bit_by_bit(monkeypatc
 
 
 def test_a_query_of_another_width_fails_without_blocking_the_next() -> None:
-    joined = JoinedScores(unit_vectors(5, 4))
+    joined = JoinedScores(unit_vectors(5, 4), 4)
     with pytest.raises(ValueError, match="broadcast"):
         joined.score(np.ones(3, np.float32))
     assert joined.score(np.ones(4, np.float32)).shape == (5,)

@@ -12,11 +12,8 @@ in both directions, so either may read the query.
 
 import copy
 import functools
-import hashlib
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +21,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from pipelines.data.config.folds import FoldConfig
 from pipelines.data.shards.columns import PAIRED_PREFIX, RaggedColumn, open_column, view_numbers
 from pipelines.data.shards.dataset import PreparedCorpus, open_corpus
 from pipelines.data.shards.folds import open_fold
 from pipelines.data.transforms.decode_guard import WorkBudget
-from pipelines.serving.bundle import check_unit_vectors, list_licences
+from pipelines.serving.bundle import list_licences
 from pipelines.serving.inputs import PredictionItem
 from pipelines.serving.predictor import TaskPredictor
 from pipelines.training.evaluation.evaluator import locate_task_corpus
@@ -42,21 +37,37 @@ from pipelines.training.runs.model_source import ModelSource
 from pipelines.training.runs.vocabulary_match import check_corpus_vocabulary
 from skillnet.modality import CAPTION_MODALITY, find_modality
 from skillnet.objectives.base import PAIR, find_objective
-from skillnet.rust_panics import panics_as_errors
 from skillnet.skills import Task, find_task
 from skillnet_platform import console
 from skillnet_platform.config import digest_config
-from skillnet_platform.errors import UserError, first_line
-from skillnet_platform.storage import atomic_write, human_bytes, run_root
+from skillnet_platform.errors import UserError
+from skillnet_platform.storage import human_bytes, run_root
 from skillnet_platform.storage.locks import hold_lock
 from skillnet_serving.retrieval.search_page import QueryPreview, ResultCard, render_search_page
+from skillnet_serving.retrieval.vector_index import (
+    TYPES,
+    JoinedScores,
+    RecallMeter,
+    VectorCode,
+    count_columns,
+    decode_vectors,
+    encode_vectors,
+    iter_best,
+    read_cached,
+    read_recall,
+    write_index,
+)
 
 #: Task of a search if the model has several.
 DEFAULT_TASK = "text_to_image"
 #: Share of a query's tokens that occur in no text of the corpus, from which a search warns.
 DOUBTED_FRACTION = 0.5
 #: Increase it when the index changes, so that cached files are not reused.
-INDEX_VERSION = 4
+INDEX_VERSION = 5
+#: Rows that are embedded before they are encoded: 16 MiB at a width of 512.
+CHUNK_ROWS = 8192
+#: Queries of the corpus that measure what a code loses.
+SAMPLED_QUERIES = 100
 #: A search holds the embeddings of all searched rows in memory.
 MAX_INDEX_BYTES = 4 * 2**30
 
@@ -88,82 +99,6 @@ class SearchHit:
     row: int
 
 
-def iter_best(scores: np.ndarray, count: int) -> Iterator[int]:
-    """Yield the positions of scores, the largest first; equal ones in their order.
-
-    Only the largest are sorted, four times as many whenever the caller wants more of them.
-
-    Args:
-        scores: (N,).
-        count: number of positions that the caller probably needs.
-    """
-    done = 0
-    while done < len(scores):
-        count = max(count, 1)
-        if count < len(scores):
-            least = np.partition(scores, -count)[-count]
-            found = np.flatnonzero(scores >= least)
-        else:
-            found = np.arange(len(scores))
-        # Results are reproducible, because the sort is stable.
-        order = found[np.argsort(-scores[found], kind="stable")]
-        yield from order[done:].tolist()
-        done, count = len(order), 4 * len(order)
-
-
-class JoinedScores:
-    """Products of vectors with queries; queries that arrive together share a pass over the memory.
-
-    A product with a million vectors waits for the memory, not for the processor. A block of vectors
-    stays in the cache for all waiting queries. Each product of a block and a query is the same with
-    any number of queries, so the scores do not depend on other requests.
-
-    Args:
-        vectors: (N, E) float32.
-    """
-
-    #: Vectors of a block: 1 MiB at 256 numbers.
-    BLOCK_ROWS = 1024
-
-    def __init__(self, vectors: np.ndarray) -> None:
-        self._vectors = vectors
-        self._pass, self._list = threading.Lock(), threading.Lock()
-        self._waiting: list[tuple[np.ndarray, Future[np.ndarray]]] = []
-
-    def score(self, query: np.ndarray) -> np.ndarray:
-        """Return the product with each vector, (N,); several threads may call it.
-
-        Args:
-            query: (E,).
-        """
-        answer: Future[np.ndarray] = Future()
-        with self._list:
-            self._waiting.append((query, answer))
-        with self._pass:
-            # The thread that had its turn before may have answered this query, too.
-            with self._list:
-                joined, self._waiting = self._waiting, []
-            self._run_pass(joined)
-        return answer.result()
-
-    def _run_pass(self, joined: list[tuple[np.ndarray, "Future[np.ndarray]"]]) -> None:
-        try:
-            kind = self._vectors.dtype
-            found = [np.empty(len(self._vectors), kind) for _ in joined]
-            queries = [query.astype(kind) for query, _ in joined]
-            for start in range(0, len(self._vectors) if joined else 0, self.BLOCK_ROWS):
-                block = self._vectors[start : start + self.BLOCK_ROWS]
-                for query, scores in zip(queries, found, strict=True):
-                    # A third faster than ``np.dot``, and equal vectors get equal scores.
-                    np.einsum("ij,j->i", block, query, out=scores[start : start + len(block)])
-        except Exception as error:
-            for _, answer in joined:
-                answer.set_exception(error)
-            return
-        for (_, answer), scores in zip(joined, found, strict=True):
-            answer.set_result(scores)
-
-
 @dataclass
 class SearchIndex:
     """Vectors of the rows of a search; searches of models that answer a task alike share them.
@@ -172,11 +107,14 @@ class SearchIndex:
         num_embedded: number of rows that have a vector.
         problem: why the index cannot be built; "" if nothing is known.
         scores: ranks the rows; None until all of them have a vector.
+        recall: share of the ten best rows of float32 vectors that encoded ones find; None if it
+            was not measured.
     """
 
     num_embedded: int = 0
     problem: str = ""
     scores: JoinedScores | None = None
+    recall: float | None = None
 
 
 class CorpusSearch:
@@ -189,6 +127,7 @@ class CorpusSearch:
         task: a retrieval task.
         splits: to search; None takes all except pretrain.
         modality: medium of the queries; a tower of the task reads it.
+        code: numbers of the index: float32, int8 or binary.
 
     The index is opened or built by :meth:`open_index`, which may take long.
 
@@ -205,8 +144,9 @@ class CorpusSearch:
         task: str,
         splits: Sequence[str] | None = None,
         modality: str = CAPTION_MODALITY,
+        code: VectorCode = "float32",
     ) -> None:
-        self.predictor, self.task, self.modality = predictor, task, modality
+        self.predictor, self.task, self.modality, self.code = predictor, task, modality, code
         spec = predictor.model.config.tasks[task]
         query_tower = find_query_tower(spec, modality)
         assert query_tower is not None, f"{task} reads no {modality}"
@@ -269,8 +209,22 @@ class CorpusSearch:
             self.index.num_embedded += rows
             on_rows(rows)
 
-        self.index.scores = JoinedScores(self.embed_rows(place, count))
+        width = self.predictor.model.config.embedding_dim
+        self.index.scores = JoinedScores(self.embed_rows(place, count), width)
         self.index.num_embedded = self.num_rows
+        if self.code != "float32":
+            console.print_note(f"{self.task}: {self.describe_loss()}")
+
+    def describe_loss(self) -> str:
+        """Return the memory of an index of int8 or binary vectors, and what they lose."""
+        width = self.predictor.model.config.embedding_dim
+        size = human_bytes(self.num_rows * _row_bytes(self.code, width))
+        exact = human_bytes(self.num_rows * _row_bytes("float32", width))
+        recall = self.index.recall
+        found = "not measured, because no row has a query"
+        if recall is not None:
+            found = f"{recall:.1%} of the ten best rows of float32 vectors"
+        return f"{self.code} vectors take {size} instead of {exact}; they find {found}"
 
     def embed_rows(
         self, place: str = "", on_rows: Callable[[int], object] = lambda rows: None
@@ -282,20 +236,20 @@ class CorpusSearch:
             on_rows: called with the number of rows of each batch that is embedded.
 
         Returns:
-            Unit vectors (N, E) float32, in the order of the splits and their rows.
+            Encoded vectors (N, C), in the order of the splits and their rows.
         """
         predictor, task, tower = self.predictor, self.task, self._ranked
         config, limit = predictor.model.config, predictor.tasks[task]["limit"]
-        spec = config.tasks[task]
         # Skills and tasks that a package adds change nothing here, so the file stays valid.
         computed = self._source.digest_task(predictor.model, task)
         # bf16 and float32 give different vectors, so an index belongs to one precision.
         precision = predictor.runner.precision.name
         about = [INDEX_VERSION, computed, self.corpus.digest, task, tower, self.splits, precision]
-        key = digest_config([*about, limit])
+        key = digest_config([*about, limit, self.code])
         path = run_root() / "cache" / "indexes" / f"{task}-{key[:16]}.safetensors"
         shape = (self.num_rows, config.embedding_dim)
-        if (found := _read_cached(path, key, shape)) is not None:
+        if (found := read_cached(path, key, shape, self.code)) is not None:
+            self.index.recall = read_recall(path)
             return found
         # Replicas of a server start together: one embeds, the others wait for its file.
         with hold_lock(
@@ -303,9 +257,12 @@ class CorpusSearch:
             lambda holder: f"{path}: waiting for {holder}, which embeds {self.corpus.name}",
             wait=True,
         ):
-            if (found := _read_cached(path, key, shape)) is not None:
+            if (found := read_cached(path, key, shape, self.code)) is not None:
+                self.index.recall = read_recall(path)
                 return found
             parts, title = [], f"embedding {self.corpus.name}{place}"
+            is_exact = self.code == "float32"
+            meter = None if is_exact else RecallMeter(self._embed_sample())
             with console.show_progress(title, self.num_rows, "rows") as bar:
 
                 def advance(count: int) -> None:
@@ -313,20 +270,53 @@ class CorpusSearch:
                     on_rows(count)
 
                 for name in self.splits:
-                    inputs = split_inputs(
-                        self.corpus.splits[name].table(),
-                        spec.towers[tower],
-                        config,
-                        f"{self.corpus.name}/{name}",
-                        column=tower_column(spec, tower),
-                        # The limit is about the corpus' own modality.
-                        limit=limit if is_row_tower(spec, tower) else None,
-                    )
                     bar.advance(0, name)
-                    parts.append(predictor.runner.embed(task, tower, inputs, advance))
-            vectors = np.concatenate(parts)
-            write_index(path, key, vectors)
-        return vectors
+                    table = self.corpus.splits[name].table()
+                    step = max(len(table), 1) if is_exact else CHUNK_ROWS
+                    for start in range(0, len(table), step):
+                        rows = table.slice(start, step)
+                        vectors = self._embed_table(rows, name, tower, advance)
+                        parts.append(encode_vectors(vectors, self.code))
+                        if meter is not None:
+                            meter.add_rows(vectors, decode_vectors(parts[-1], shape[1]))
+            encoded = np.concatenate(parts)
+            self.index.recall = None if meter is None else meter.measure_recall()
+            write_index(path, key, encoded, self.index.recall)
+        return encoded
+
+    def _embed_table(
+        self,
+        table: pa.Table,
+        split: str,
+        tower: str,
+        on_rows: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        """Return the unit vectors of rows of a split, (N, E) float32."""
+        predictor, task = self.predictor, self.task
+        config = predictor.model.config
+        spec = config.tasks[task]
+        inputs = split_inputs(
+            table,
+            spec.towers[tower],
+            config,
+            f"{self.corpus.name}/{split}",
+            column=tower_column(spec, tower),
+            # The limit is about the corpus' own modality.
+            limit=predictor.tasks[task]["limit"] if is_row_tower(spec, tower) else None,
+        )
+        return predictor.runner.embed(task, tower, inputs, on_rows)
+
+    def _embed_sample(self) -> np.ndarray:
+        """Return the unit vectors of queries that rows of the corpus have, (Q, E)."""
+        spec = self.predictor.model.config.tasks[self.task]
+        for name in self.splits:
+            table = self.corpus.splits[name].table()
+            reads_captions = self._query_tower == spec.caption_tower
+            if len(table) and (not reads_captions or _has_captions(table)):
+                count = min(SAMPLED_QUERIES, len(table))
+                rows = np.random.default_rng(0).choice(len(table), count, replace=False)
+                return self._embed_table(table.take(np.sort(rows)), name, self._query_tower)
+        return np.empty((0, self.predictor.model.config.embedding_dim), np.float32)
 
     def _require_rows(self) -> int:
         """Return the number of rows; raise UserError for rows that cannot be embedded."""
@@ -346,7 +336,7 @@ class CorpusSearch:
                 "Name other splits with --splits; the corpus has "
                 f"{', '.join(corpus.splits) or 'none'}"
             )
-        size = rows * config.embedding_dim * 4  # float32
+        size = rows * _row_bytes(self.code, config.embedding_dim)
         # Checked in advance: embedding takes long, and memory would run out only at its end.
         if size > MAX_INDEX_BYTES:
             raise UserError(
@@ -567,6 +557,10 @@ def _choose_splits(
     return captioned
 
 
+def _row_bytes(code: VectorCode, width: int) -> int:
+    return count_columns(code, width) * np.dtype(TYPES[code]).itemsize
+
+
 def _has_captions(table: Any) -> bool:
     """Return whether every row has a caption."""
     if "caption_tokens" not in table.column_names:
@@ -615,62 +609,3 @@ def _rank_hits(
 def _read_cell(table: Any, column: str, row: int) -> Any:
     """Return the value of a row, or None if the table has no such column."""
     return table.column(column)[row].as_py() if column in table.column_names else None
-
-
-# -- file of an index ---------------------------------------------------------------------------
-
-
-def _read_cached(path: Path, key: str, shape: tuple[int, int]) -> np.ndarray | None:
-    """Return the vectors of a file; None if it is missing or damaged, and then removed."""
-    if not path.is_file():
-        return None
-    try:
-        return read_index(path, key, shape)
-    # A cache holds nothing of its own, so a damaged file is built again.
-    except (ValueError, OSError) as error:
-        console.print_warning(f"damaged cache: {first_line(error)}; it is built again")
-        path.unlink(missing_ok=True)
-        return None
-
-
-def write_index(path: Path, key: str, vectors: np.ndarray) -> None:
-    """Write embeddings with their hash.
-
-    Args:
-        path: file to write.
-        key: digest of all that decides the embeddings.
-        vectors: unit vectors (N, E) float32.
-    """
-    about = {"key": key, "sha256": _hash_vectors(vectors)}
-    # Two searches may build one index; no reader must see half a file.
-    with atomic_write(path) as stream:
-        stream.write(save({"embeddings": vectors}, metadata=about))
-
-
-def read_index(path: Path, key: str, shape: tuple[int, int]) -> np.ndarray:
-    """Read embeddings, and check their hash, key, shape and lengths.
-
-    Args:
-        path: file to read.
-        key: digest of all that decides the embeddings.
-        shape: expected number and width.
-
-    Raises:
-        UserError: the file is damaged, or of another model or corpus.
-    """
-    try:
-        with panics_as_errors("no safetensors file"), safe_open(path, "numpy") as tensors:
-            about = tensors.metadata() or {}
-            vectors = np.asarray(tensors.get_tensor("embeddings"))
-    except (SafetensorError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is no index ({error})") from None
-    if about.get("key") != key:
-        raise UserError(f"{path} is the index of another model or corpus")
-    if about.get("sha256") != _hash_vectors(vectors):
-        raise UserError(f"{path} was altered: it does not fit its hash")
-    check_unit_vectors(path, vectors, shape)
-    return vectors
-
-
-def _hash_vectors(vectors: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(vectors).data).hexdigest()

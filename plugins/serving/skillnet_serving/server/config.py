@@ -24,6 +24,7 @@ class ServeConfig:
         token_file: file with the bearer token, which only its owner may read; without it the
             environment variable SKILLNET_SERVE_TOKEN counts.
         search: whether corpora can be searched; false needs no corpora.
+        vectors: numbers of the indexes: float32, int8 or binary, as in ``skillnet search``.
         replicas: copies of the model. One runs in the process of the command; more, or one on the
             cluster of RAY_ADDRESS, have a process of Ray Serve each.
         cpus: CPUs of a replica.
@@ -43,6 +44,7 @@ class ServeConfig:
     port: PortNumber = 8080
     token_file: str | None = None
     search: bool = True
+    vectors: Literal["float32", "int8", "binary"] = "float32"
     replicas: PositiveCount = 1
     cpus: PositiveAmount = 1.0
     max_batch_size: PositiveCount = 16

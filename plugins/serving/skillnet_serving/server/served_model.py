@@ -113,7 +113,7 @@ class ServedModel:
                 # Without captions, only the rows themselves can be ranked.
                 with contextlib.suppress(MissingCaptionsError):
                     self.searches[modality][task] = CorpusSearch(
-                        self.predictor, source, data, task, modality=modality
+                        self.predictor, source, data, task, modality=modality, code=config.vectors
                     )
 
     def open_indexes(self, on_rows: Callable[[int], object] = lambda rows: None) -> None:
