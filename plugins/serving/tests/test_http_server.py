@@ -374,19 +374,17 @@ def test_a_wrong_file_of_the_search_page_has_one_message(service, content, name,
     assert 'type="file"' in page
 
 
-@pytest.mark.parametrize(
-    ("header", "value", "status"),
-    [
+def test_a_page_of_another_site_cannot_send_a_file(service: Service) -> None:
+    for header, value, status in (
         ("Sec-Fetch-Site", "cross-site", 403),
         ("Sec-Fetch-Site", "same-site", 403),
         ("Sec-Fetch-Site", "same-origin", 200),
         ("Origin", "http://evil.example", 403),
         ("Origin", "null", 403),
-        ("Origin", "", 200),
-    ],
-)
-def test_a_page_of_another_site_cannot_send_a_file(service, header, value, status):
-    assert send_form(service, draw_png(), "a.png", **{header: value or service.url})[0] == status
+        ("Origin", service.url, 200),
+    ):
+        found = send_form(service, draw_png(), "a.png", **{header: value})[0]
+        assert found == status, (header, value)
 
 
 def test_a_damaged_form_has_a_message(service: Service) -> None:

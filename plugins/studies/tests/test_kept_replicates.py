@@ -21,7 +21,7 @@ from pipelines.training.runs.progress_log import PROGRESS
 from plugins.studies.tests.kept_studies import CLAIM, keep_study
 from skillnet.model import SkillNet
 from skillnet_evidence.budget import estimate_budgets
-from skillnet_evidence.claims import ClaimsConfig
+from skillnet_evidence.claims import Claim, ClaimsConfig, Condition
 from skillnet_evidence.comparison import SystemComparison
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
@@ -288,7 +288,14 @@ def test_a_lost_machine_costs_the_tuning_trials_that_it_was_training(tmp_path, m
             KeptTuning(other)
 
 
-def test_a_report_of_a_kept_study_has_its_notices(tmp_path: Path, capsys):
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are tests of their own."""
+    for name in ("draw_evidence", "draw_plots"):
+        monkeypatch.setattr(f"skillnet_studies.report.report.{name}", lambda *_: {})
+
+
+def test_a_report_of_a_kept_study_has_its_notices(tmp_path: Path, capsys, undrawn):
     folder = keep_study(tmp_path, "old", {"skillnet": 0.5, "specialist": 0.0})
     with change_kept(folder) as kept:
         kept.content[NOTICE] = "Rates <were> low.\n\nA baseline is broken.\n"
@@ -442,22 +449,24 @@ def group_rows(folder: Path) -> None:
     pq.write_table(table, folder / OUTCOMES_FILE)
 
 
-def test_the_report_of_a_kept_study_has_its_claims_and_roles(tmp_path, run_root, monkeypatch):
+def test_the_report_of_a_kept_study_has_its_claims_and_roles(
+    tmp_path, run_root, monkeypatch, undrawn
+):
     # Pages are tests of their own.
     monkeypatch.setattr("skillnet_studies.compare._write_and_record", lambda *_: None)
-    stated = {"skills": CLAIM}
-    kept = keep_study(tmp_path, "s", {"skillnet": 0.5, "specialist": 0.0}, stated=stated)
-    report, _ = compare(StudyConfig(runs=[str(kept)], interpret=False))
+    roles = {"reference": "skillnet-long", "specialist": "specialist-long"}
+    stated = {"skills": Claim("Skills help.", [Condition(*roles.values())])}
+    skills = {"skillnet-long": 0.5, "specialist-long": 0.0}
+    long = keep_study(tmp_path, "long", skills, stated=stated, **roles)
+    report, _ = compare(StudyConfig(runs=[str(long)], interpret=False))
     assert isinstance(report, ComparisonReport)
     assert [claim.name for claim in report.claims] == ["skills"]
+    assert (report.comparison.reference, report.comparison.specialist) == tuple(roles.values())
     # The call's own claims win, and runs of two studies have no common claims.
-    other = ClaimsConfig(stated={"other": CLAIM})
+    stated, other = {"skills": CLAIM}, ClaimsConfig(stated={"other": CLAIM})
+    kept = keep_study(tmp_path, "s", {"skillnet": 0.5, "specialist": 0.0}, stated=stated)
     report, _ = compare(StudyConfig(runs=[str(kept)], interpret=False, claims=other))
     assert [claim.name for claim in report.claims] == ["other"]
-    roles = {"reference": "skillnet-long", "specialist": "specialist-long"}
-    long = keep_study(tmp_path, "long", {"skillnet-long": 0.5, "specialist-long": 0.0}, **roles)
-    report, _ = compare(StudyConfig(runs=[str(long)], interpret=False))
-    assert (report.comparison.reference, report.comparison.specialist) == tuple(roles.values())
     report, _ = compare(StudyConfig(runs=[str(kept), str(long)], interpret=False))
     assert not report.claims
     assert report.comparison.reference == "skillnet"

@@ -50,6 +50,10 @@ def rows(tmp_path: Path) -> Path:
     return folder
 
 
+def run_here(request: BatchRequest, blocks: list[Any]) -> Iterator[Any]:
+    return map(BlockPredictor(request).commit_block, blocks)
+
+
 def read_parts(folder: Path) -> list[dict[str, Any]]:
     parts = [each for each in sorted(folder.glob("part-*.jsonl")) if "rejected" not in each.name]
     return [json.loads(line) for part in parts for line in part.read_text().splitlines()]
@@ -186,11 +190,7 @@ def test_media_files_are_rows_and_bad_ones_are_rejected(served, tmp_path):
     words = ["--input", str(folder), "--output", str(tmp_path / "out"), "--json"]
     words += ["--model", served["model"], "--data", served["data"]]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            batch_prediction,
-            "_run",
-            lambda request, blocks: map(BlockPredictor(request).commit_block, blocks),
-        )
+        patch.setattr(batch_prediction, "_run", run_here)
         assert predict.main(words) == 0
     assert request.output == str(tmp_path / "out")
     found = read_parts(tmp_path / "out")
@@ -251,28 +251,28 @@ def test_ray_data_predicts_from_a_store_into_a_store(served, rows, object_store)
     for path in rows.glob("*.jsonl"):
         directories.put_file(path, f"{object_store.uri}/rows/{path.name}")
     output = f"{object_store.uri}/predictions"
-    words = ["--input", f"{object_store.uri}/rows", "--output", output, "--block_rows", "4"]
-    command = [sys.executable, "-m", "pipelines.predict", "--model", served["model"], *words]
-
-    def predict_all() -> dict[str, Any]:
-        # A Ray of its own: its workers find the store by the environment.
-        done = subprocess.run(
-            [*command, "--data", served["data"], "--json"],
-            capture_output=True,
-            text=True,
-            timeout=400,
-        )
-        assert done.returncode == 0, done.stderr
-        summary: dict[str, Any] = json.loads(done.stdout)
-        return summary
-
-    first = predict_all()
-    assert (first["blocks"], first["predictions"], first["rejected"]) == (4, 14, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch_prediction, "_run", run_here)
+        predict_blocks(BatchRequest(**served, output=output), f"{object_store.uri}/rows", 4)
     parts = [directories.read_bytes(f"{output}/part-{n:06d}.jsonl") for n in range(4)]
-    found = [json.loads(line)["id"] for part in parts for line in part.decode().splitlines()]
-    assert found == [n for n in range(15) if n != 3]
-    # A block loses its commit, as if the first command had been killed before it.
-    directories.remove_file(f"{output}/done/part-000001.json")
-    assert predict_all() == first | {"resumed": 3}
+    # Two blocks lose their commits, as if the call had been killed before them.
+    for number in (1, 3):
+        directories.write_bytes(f"{output}/part-{number:06d}.jsonl", b"half")
+        directories.remove_file(f"{output}/done/part-{number:06d}.json")
+    words = ["--input", f"{object_store.uri}/rows", "--output", output, "--block_rows", "4"]
+    words += ["--model", served["model"], "--data", served["data"], "--json"]
+    # A Ray of its own: its workers find the store by the environment.
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines.predict", *words],
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["blocks"], found["predictions"], found["rejected"]) == (4, 14, 1)
+    assert found["resumed"] == 2
     again = [directories.read_bytes(f"{output}/part-{n:06d}.jsonl") for n in range(4)]
     assert again == parts
+    found = [json.loads(line)["id"] for part in parts for line in part.decode().splitlines()]
+    assert found == [n for n in range(15) if n != 3]

@@ -22,6 +22,7 @@ from pipelines.data.shards.dataset import open_corpus
 from pipelines.serving import bundle, skill_catalogues
 from pipelines.training.growth.verification import digest_row_outputs
 from skillnet import SkillNet
+from skillnet.serialization import save_model
 from skillnet.skill_packages import pack_skills
 from skillnet_platform.storage import directories
 from tests.helpers.file_forms import draw_png
@@ -267,21 +268,6 @@ def test_a_catalogue_lists_its_packages_from_their_ends(
     assert f"no such package; did you mean shapes? {place} has empty, foreign, huge" in said
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["{shelf}/none"], "no saved model, and no packages (*.skill)"),
-        (["{model}", "--fits", "{model}"], "is a model, no catalogue"),
-        (["{shelf}", "--fits", "{shelf}"], "no saved model. Write one"),
-        (["hf:owner/skills"], "name the revision"),
-        (["s3://key:secret@host/x"], "may be a password"),
-    ],
-)
-def test_a_place_that_is_no_catalogue_ends_with_one_sentence(words, message, shelf, model, capsys):
-    assert commands.print_skills([word.format(shelf=shelf, model=model) for word in words]) == 2
-    assert message in " ".join(capsys.readouterr().err.split())
-
-
 def test_a_directory_that_would_take_too_many_bytes_is_refused(tmp_path, monkeypatch):
     """The central directory of a zip may be as long as its writer likes."""
     with zipfile.ZipFile(tmp_path / "wide.skill", "w") as archive:
@@ -302,12 +288,19 @@ def test_a_directory_that_would_take_too_many_bytes_is_refused(tmp_path, monkeyp
         (["shapes@{shelf}"], "--to: give the folder of a model"),
         (["shapes@{shelf}", "--to", "{shelf}"], "no saved model"),
         (["--to", "{model}"], "packages: give at least one"),
+        # Of ``skillnet skills``.
+        (["{shelf}/none"], "no saved model, and no packages (*.skill)"),
+        (["{model}", "--fits", "{model}"], "is a model, no catalogue"),
+        (["{shelf}", "--fits", "{shelf}"], "no saved model. Write one"),
+        (["hf:owner/skills"], "name the revision"),
+        (["s3://key:secret@host/x"], "may be a password"),
     ],
 )
 def test_a_wrong_argument_ends_with_one_sentence(words, message, shelf, model, capsys):
     before = hashes(model)
     filled = [word.format(shelf=shelf, model=model) for word in words]
-    assert commands.join_packages(filled) == 2
+    adds = "--to" in words or words[0].startswith("shapes@")
+    assert (commands.join_packages if adds else commands.print_skills)(filled) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert message.format(shelf=shelf) in said
     assert "Traceback" not in said
@@ -323,7 +316,7 @@ def test_a_package_without_settings_for_predictions_joins_no_served_model(
     assert "no settings for predictions" in capsys.readouterr().err
     assert hashes(model) == before
     plain = tmp_path / "plain"
-    SkillNet.from_pretrained(model).save_pretrained(plain)
+    save_model(SkillNet.from_pretrained(model), plain)
     assert commands.join_packages([str(tmp_path / "bare.skill"), "--to", str(plain)]) == 0
 
 

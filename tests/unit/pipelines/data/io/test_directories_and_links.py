@@ -97,26 +97,21 @@ class TestLinks:
         ]
 
 
-class TestIrregularFiles:
-    def test_metadata_file_that_is_a_pipe(self, tmp_path: Path) -> None:
-        os.mkfifo(tmp_path / "metadata.jsonl")
-        with pytest.raises(UserError, match=r"metadata\.jsonl: a pipe, device or socket"):
-            open_external_corpus("mine", f"folder:{tmp_path}")
-
-    def test_metadata_file_that_is_a_device(self, tmp_path: Path) -> None:
-        (tmp_path / "metadata.jsonl").symlink_to("/dev/zero")
-        with pytest.raises(UserError, match=r"metadata\.jsonl: a pipe, device or socket"):
-            open_external_corpus("mine", f"folder:{tmp_path}")
-
-    def test_metadata_file_that_is_a_directory(self, tmp_path: Path) -> None:
-        (tmp_path / "metadata.jsonl").mkdir()
-        with pytest.raises(UserError, match=r"metadata\.jsonl: a folder; expected a file"):
-            open_external_corpus("mine", f"folder:{tmp_path}")
-
-    def test_corpus_path_that_is_a_pipe(self, tmp_path: Path) -> None:
-        os.mkfifo(tmp_path / "rows.jsonl")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (os.mkfifo, r"metadata\.jsonl: a pipe, device or socket"),
+        (lambda path: path.symlink_to("/dev/zero"), r"metadata\.jsonl: a pipe, device or socket"),
+        (Path.mkdir, r"metadata\.jsonl: a folder; expected a file"),
+    ],
+)
+def test_irregular_files_are_rejected(make, message, tmp_path):
+    make(tmp_path / "metadata.jsonl")
+    with pytest.raises(UserError, match=message):
+        open_external_corpus("mine", f"folder:{tmp_path}")
+    if make is os.mkfifo:
         with pytest.raises(UserError, match="a pipe, device or socket"):
-            SourceDirectory(str(tmp_path / "rows.jsonl"))
+            SourceDirectory(str(tmp_path / "metadata.jsonl"))
 
 
 class TestNamesThatAreNotUtf8:

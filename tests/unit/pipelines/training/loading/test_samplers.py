@@ -263,17 +263,6 @@ def test_each_row_of_a_group_occurs_once_per_epoch() -> None:
         assert not np.array_equal(stream[:total], stream[total : 2 * total])
 
 
-def test_groups_have_all_shards_and_about_equal_numbers_of_rows() -> None:
-    groups, again, others = (
-        [group.tolist() for group in divide_shards(ROWS, 4, (seed, "order"))] for seed in (0, 0, 1)
-    )
-    assert groups == [sorted(group) for group in groups]
-    assert sorted(shard for group in groups for shard in group) == list(range(len(ROWS)))
-    sizes = [sum(ROWS[shard] for shard in group) for group in groups]
-    assert max(sizes) - min(sizes) <= min(ROWS)
-    assert again == groups != others
-
-
 @given(
     st.lists(st.tuples(st.integers(1, 9), st.integers(1, 30)), min_size=1, max_size=40),
     st.sampled_from([1, 7.5, 30, 64, 1e18, math.inf]),
