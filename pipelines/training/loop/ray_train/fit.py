@@ -34,8 +34,15 @@ if TYPE_CHECKING:
 
 #: Counter of the fits of this process, for their names.
 _FITS = count()
-#: Environment of Ray's workers.
-WORKER_ENVIRONMENT = {SPIN_VARIABLE: SPIN_COUNT, **KEEP_FREED_MEMORY}
+#: Environment of Ray's workers. Tasks of changing lengths fragment the memory of a GPU that cannot
+#: extend its segments. NCCL records its last operations, and writes them if one of them hangs.
+WORKER_ENVIRONMENT = {
+    SPIN_VARIABLE: SPIN_COUNT,
+    **KEEP_FREED_MEMORY,
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    "TORCH_FR_BUFFER_SIZE": "2000",
+    "TORCH_FR_DUMP_ON_TIMEOUT": "1",
+}
 
 
 @dataclass
@@ -249,7 +256,9 @@ def _trainer(
             name=f"fit-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{next(_FITS)}",
             **fit_storage(config, run),
             logging_config=LoggingConfig(log_level="WARNING"),
-            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
+            worker_runtime_env={
+                "env_vars": WORKER_ENVIRONMENT | {"TORCH_FR_DUMP_TEMP_FILE": f"{run}/nccl-rank-"}
+            },
             # Ray's type covers only callbacks of users, but it accepts those of workers as well.
             callbacks=[
                 WorkerStartCallback(preemption.listen_in_worker),  # type: ignore[list-item]

@@ -204,10 +204,23 @@ LEAVE_TIMEOUT_S = 30.0
 
 
 def _join(backend: str, url: str, rank: int, world: int, timeout_s: int) -> None:
+    import torch
     import torch.distributed as dist
 
+    device = None
+    if backend == "nccl":
+        from ray.train.torch import get_device
+
+        # Without it each rank of a node would open a context on the first GPU.
+        device = get_device()
+        torch.cuda.set_device(device)
     dist.init_process_group(
-        backend, init_method=url, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s)
+        backend,
+        init_method=url,
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=timeout_s),
+        device_id=device,
     )
 
 

@@ -265,6 +265,22 @@ def test_the_timeout_reaches_the_process_group(monkeypatch: pytest.MonkeyPatch) 
     assert asked["timeout"].total_seconds() == 13
 
 
+def test_a_rank_takes_its_gpu_before_the_group_opens_contexts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cuda:3"))
+    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda backend, **options: asked.append(options["device_id"])
+    )
+    rendezvous._join("nccl", "file:///x", 3, 8, 600)
+    assert asked == [torch.device("cuda:3")] * 2
+    asked.clear()
+    rendezvous._join("gloo", "file:///x", 3, 8, 600)
+    assert asked == [None]
+
+
 LOST = "CUDA error: an illegal memory access was encountered\nCompile with TORCH_USE_CUDA_DSA"
 
 
