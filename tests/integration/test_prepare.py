@@ -182,40 +182,6 @@ def wait_for_shards(data: Path, count: int, process: "subprocess.Popen[str]") ->
     wait_until(has_shards, 300, process=process)
 
 
-@pytest.mark.slow(
-    "test_killed_commands.py::test_a_command_killed_at_a_file_event_leaves_complete_files_and_resumes"
-)
-def test_a_killed_prepare_resumes_with_its_finished_shards(
-    made: tuple[Path, Path], tmp_path: Path
-) -> None:
-    """One process with one CPU is killed half-way; the next, with three, finishes its work. One
-    of the shards was altered meanwhile: it is made again."""
-    data, archives = tmp_path / "data", made[1]
-    first = command(data, archives, "--cpus", "1", **{SLOW: "700"})
-    try:
-        wait_for_shards(data, 4, first)
-    finally:
-        first.send_signal(signal.SIGKILL)
-        first.wait()
-    assert not (data / "made").exists()
-    with pytest.raises(UserError, match="missing"):
-        open_corpus(data / "made")
-    kept = {p.name: p.stat().st_ino for p in data.glob(".made.partial-*/*.arrow")}
-    whole = {p.with_suffix(".arrow").name for p in data.glob(".made.partial-*/*-?????.json")}
-    altered = min(whole)
-    (shard,) = data.glob(f".made.partial-*/{altered}")
-    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
-    second = command(data, archives, "--cpus", "3")
-    out, err = second.communicate(timeout=300)
-    assert second.returncode == 0, err
-    assert json.loads(out)["corpora"]["made"]["state"] == "prepared"
-    assert sorted(p.name for p in data.iterdir()) == ["made"]  # nothing else is left
-    assert files_of(data / "made") == files_of(made[0] / "made")
-    same = {name for name in kept if (data / "made" / name).stat().st_ino == kept[name]}
-    assert altered not in same
-    assert len(same) >= 3  # they were not written again
-
-
 @pytest.mark.parametrize("with_media", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_prepare_that_is_asked_to_leave_says_so_in_one_line(
     made: tuple[Path, Path], tmp_path: Path, with_media: bool
@@ -257,24 +223,37 @@ def test_tasks_of_ray_read_the_parts_of_a_corpus(
     assert contents[0] == contents[1]
 
 
-def test_other_settings_do_not_go_on_with_the_shards_of_the_first(
-    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A prepare that stopped leaves its shards; one with other settings removes them."""
-    archives = made[1]
-    monkeypatch.setattr(pipeline.staging, "gather_entries", _interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        prepare([MADE], tmp_path, archives)
-    (left,) = tmp_path.iterdir()
-    assert len(list(left.glob("*.arrow"))) == 12
-    monkeypatch.undo()
-    prepare(["made_settings"], tmp_path, archives)
-    assert [path.name for path in tmp_path.iterdir()] == ["made"]
-    assert open_corpus(tmp_path / "made").manifest["preprocessing"]["every"] == 11
-
-
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", [MADE, "made_settings"])
+def test_a_stopped_prepare_resumes_with_whole_shards_of_its_settings(
+    name: str,
+    made: tuple[Path, Path],
+    tmp_path: Path,
+    one_process: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One of the shards was altered meanwhile: it is made again. Other settings make all again."""
+    archives = made[1]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline.staging, "gather_entries", _interrupt)
+        prepare([MADE], tmp_path, archives)
+    (left,) = tmp_path.iterdir()
+    kept = {path.name: path.stat().st_mtime_ns for path in left.glob("*.arrow")}
+    assert len(kept) == 12
+    altered = left / min(kept)
+    altered.write_bytes(altered.read_bytes()[:-1] + b"?")
+    prepare([name], tmp_path, archives)
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]  # nothing else is left
+    if name == MADE:
+        assert files_of(tmp_path / "made") == files_of(made[0] / "made")
+        times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "made").iterdir()}
+        same = {each for each in kept if times[each] == kept[each]}
+        assert same == kept.keys() - {altered.name}
+    else:
+        assert open_corpus(tmp_path / "made").manifest["preprocessing"]["every"] == 11
 
 
 def test_two_prepares_of_one_corpus_do_not_meet(tmp_path: Path) -> None:
