@@ -284,11 +284,9 @@ def test_growths_that_do_not_go_together(
         plan_growths(configs)
 
 
-def test_a_finished_growth_gives_its_result_again(place: Path, grown: dict[str, Any]) -> None:
-    config = grow_config("base", place / "corpora")
+def test_a_finished_growth_keeps_its_settings(place: Path, grown: dict[str, Any]) -> None:
+    config = grow_config("base", place / "corpora", lr=0.5)
     config.references = ["without_skill", "fresh", "everything"]
-    assert grow_model(config)["run_id"] == grown["run_id"]
-    config.training.lr = 0.5
     with pytest.raises(UserError, match=r"the run grown has training\.lr 0\.01, not 0\.5"):
         grow_model(config)
 
@@ -313,15 +311,20 @@ def test_a_killed_growth_resumes_and_ends_the_same(
     assert files(place / "killed" / "model") == files(place / "grown" / "model")
 
 
-def test_command_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line(
+    place: Path, grown: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It gives the result of the finished growth."""
     path = tmp_path / "grow.yaml"
-    path.write_text(configuration.to_yaml(grow_config("base", place / "corpora", steps=2)))
-    assert growing.main(["--config", str(path), "--name", "typed", "--from", "base"]) == 0
+    config = grow_config("base", place / "corpora")
+    config.references = ["without_skill", "fresh", "everything"]
+    path.write_text(configuration.to_yaml(config))
+    assert growing.main(["--config", str(path), "--name", "grown", "--from", "base"]) == 0
     said = capsys.readouterr()
     assert "skill-ink" in said.out
     assert "unchanged" in said.err
-    assert growing.main(["--config", str(path), "--name", "typed", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["growth"]["task"] == "counting"
+    assert growing.main(["--config", str(path), "--name", "grown", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["run_id"] == grown["run_id"]
     assert growing.main(["base", "--config", str(path), "--skill.nam", "x"]) == 2
     assert "skill.name" in capsys.readouterr().err
 
