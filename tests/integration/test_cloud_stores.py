@@ -9,6 +9,8 @@ import pytest
 from safetensors.torch import load_file
 
 from pipelines import finetune
+from pipelines import prepare as preparing
+from pipelines.data.preprocessing.local_tasks import LocalTasks
 from pipelines.data.shards.dataset import open_corpus
 from skillnet_platform.storage import directories
 from tests.helpers.cloud_stores import CloudStore, reached
@@ -31,13 +33,6 @@ def store(request: pytest.FixtureRequest) -> Iterator[CloudStore]:
         yield server
 
 
-def prepare(*words: str) -> str:
-    """``skillnet prepare`` with a Ray of its own, whose processes know the store."""
-    done = run_python("-m", "pipelines.prepare", *words, "--cpus", "2", "--tokenizer", "learn")
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A user's corpus on this disk, and the manifest of its shards."""
@@ -45,7 +40,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     mine = webdataset(root / "mine")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SKILLNET_HOME", str(root))
-        prepare("--corpus", f"mine=webdataset:{mine}", "--data", str(root / "here"))
+        # This machine alone needs no Ray; test_prepare.py compares the bytes.
+        patch.setattr("pipelines.data.preprocessing.prepare._start_tasks", lambda *_: LocalTasks(1))
+        words = ["--corpus", f"mine=webdataset:{mine}", "--data", str(root / "here")]
+        assert preparing.main([*words, "--tokenizer", "learn"]) == 0
     return mine, open_corpus(root / "here" / "mine").manifest
 
 
@@ -56,7 +54,10 @@ def test_a_users_corpus_goes_from_the_store_into_the_store(
     for path in mine.rglob("*"):
         if path.is_file():
             directories.put_file(path, f"{store.uri}/mine/{path.relative_to(mine)}")
-    prepare("--corpus", f"mine=webdataset:{store.uri}/mine", "--data", f"{store.uri}/corpora")
+    # A Ray of its own, whose processes know the store.
+    words = ["--corpus", f"mine=webdataset:{store.uri}/mine", "--data", f"{store.uri}/corpora"]
+    done = run_python("-m", "pipelines.prepare", *words, "--cpus", "2", "--tokenizer", "learn")
+    assert done.returncode == 0, done.stderr
     there = open_corpus(f"{store.uri}/corpora/mine", verify=True).manifest
     assert there["rows_out"] == here["rows_out"] > 0
     assert there["splits"] == here["splits"]
