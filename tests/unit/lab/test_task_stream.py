@@ -213,6 +213,9 @@ def test_a_fold_stays_on_its_base(data: Path, tmp_path: Path) -> None:
     study.run_cells(study.tune_rates())
     records = read_records(config)
     assert len(records) == 2
+    # Another plan does not continue the kept cells.
+    with pytest.raises(UserError, match=r"stream\.memory 0\.1, not 0\.2"):
+        StreamStudy(replace(config, stream=replace(config.stream, memory=0.2)))
     run = tmp_path / "runs" / "stream" / "runs" / "head-50-fold0-seed0"
     (run / "result.json").unlink()
     for record in records.values():
@@ -263,14 +266,6 @@ def test_a_task_without_classes_is_one_message(data: Path, tmp_path: Path) -> No
         study.open_cell(["head"], CellPlace(0, 0, 1.0, 1e-3, "test")),
     ):
         pass
-
-
-def test_another_plan_does_not_continue_kept_cells(data: Path, tmp_path: Path) -> None:
-    config = build_study(data, tmp_path, ["head"], fractions=[1.0], only_folds=[0])
-    study = StreamStudy(config)
-    study.run_cells(study.tune_rates())
-    with pytest.raises(UserError, match=r"stream\.memory 0\.1, not 0\.2"):
-        StreamStudy(replace(config, stream=replace(config.stream, memory=0.2)))
 
 
 def test_a_low_rank_skill_has_as_many_weights_as_a_whole_one() -> None:
