@@ -12,33 +12,30 @@ import pytest
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import Tracker, backend, spool
 from skillnet_platform.tracking import run as tracking_run
-from tests.chaos.tracking_server import Server
 from tests.helpers.processes import start_python
 from tests.helpers.tracked_runs import history, run_of, where
 
 
-@pytest.mark.integration
-@pytest.mark.long
 def test_a_run_outlives_its_tracker_and_nothing_is_lost(
     run_root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In test_tracker_away.py a server goes away."""
     monkeypatch.setattr(spool, "FIRST_PAUSE_S", 3600.0)
-    apply, asked = spool.apply_operation, 0
+    apply, asked, is_away = spool.apply_operation, 0, False
 
-    def counted(client: Any, run_id: str, operation: spool.Operation) -> None:
+    def answer(client: Any, run_id: str, operation: spool.Operation) -> None:
         nonlocal asked
         asked += 1
+        if is_away:
+            raise ConnectionError("no answer")
         apply(client, run_id, operation)
 
-    monkeypatch.setattr(spool, "apply_operation", counted)
-    server = Server(run_root / "server.db")
-    with contextlib.ExitStack() as stack:
-        with server as uri:
-            tracker = stack.enter_context(tracking_run.start_run("spooled", None, where(uri=uri)))
-            left = Tracker(tracker.run_id, uri)
-            tracker.metrics({"loss": 0.0}, step=0)
-        asked = 0
-        for step in range(1, 200):
+    monkeypatch.setattr(spool, "apply_operation", answer)
+    with tracking_run.start_run("spooled", None, where()) as tracker:
+        left = Tracker(tracker.run_id, tracker.uri)
+        tracker.metrics({"loss": 0.0}, step=0)
+        is_away, asked = True, 0
+        for step in range(1, 50):
             tracker.metrics({"loss": float(step)}, step)
         tracker.text("kept", "notes.txt")
         left.metrics({"other": 1.0}, step=1)
@@ -48,17 +45,16 @@ def test_a_run_outlives_its_tracker_and_nothing_is_lost(
         ended = dead_process()
         (path,) = [p for p in spool.spool_root().glob("*.jsonl") if '"other"' in p.read_text()]
         path.rename(str(path).replace(f".{os.getpid()}-", f".{ended}-"))
-        with server:
-            assert tracker.flush()
-            assert tracker.flush()
-            assert history(tracker, "loss") == [(step, float(step)) for step in range(200)]
-            artifacts = backend.create_client(uri).list_artifacts(tracker.run_id)
-            assert "notes.txt" in [each.path for each in artifacts]
-            assert tracking_run.send_leftover_spools(uri) == 1
-            assert history(tracker, "other") == [(1, 1.0)]
-            assert list(spool.spool_root().glob("*.jsonl")) == []
-            stack.close()
-            assert run_of(tracker).info.status == "FINISHED"
+        is_away = False
+        assert tracker.flush()
+        assert tracker.flush()
+        assert history(tracker, "loss") == [(step, float(step)) for step in range(50)]
+        artifacts = backend.create_client(tracker.uri).list_artifacts(tracker.run_id)
+        assert "notes.txt" in [each.path for each in artifacts]
+        assert tracking_run.send_leftover_spools(tracker.uri) == 1
+        assert history(tracker, "other") == [(1, 1.0)]
+        assert list(spool.spool_root().glob("*.jsonl")) == []
+    assert run_of(tracker).info.status == "FINISHED"
 
 
 def test_a_busy_tracker_gets_time_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
