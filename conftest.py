@@ -43,13 +43,19 @@ settings.load_profile("short")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Say which tests stay in one process where pytest-xdist runs several (``make test``).
 
-    Those that share a session's Ray, and those of one file, which share what their fixtures make.
+    Those that share a session's Ray, files with stores of all kinds, which share their servers,
+    and those of one file, which share what their fixtures make.
     Two processes have a Ray each, for the two halves of the alphabet: one would be the last to end.
     """
+    all_stores = {i.path for i in items if "store_uri" in getattr(i, "fixturenames", ())}
     for item in items:
-        shares_ray = "ray_session" in getattr(item, "fixturenames", ())
-        half = "ray, files before p" if item.path.name < "test_p" else "ray, other files"
-        item.add_marker(pytest.mark.xdist_group(half if shares_ray else item.path.name))
+        fixtures = getattr(item, "fixturenames", ())
+        group = item.path.name
+        if "ray_session" in fixtures:
+            group = "ray, files before p" if group < "test_p" else "ray, other files"
+        elif item.path in all_stores:
+            group = "stores"
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_collection_finish() -> None:
