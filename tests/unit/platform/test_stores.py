@@ -367,7 +367,7 @@ AZURE_URI = "abfs://mine@account.dfs.core.windows.net/x"
         (
             "gs://b/x",
             ModuleNotFoundError("No module named 'gcsfs'"),
-            "install 'skillnet-.*gs",
+            r"pip install .* -e '\.\[gs\]'",
         ),
     ],
 )
