@@ -124,7 +124,9 @@ def test_torch_program_is_compared_with_its_source(made: ExportPlace, tmp_path: 
 
 def test_onnx_without_its_extra_names_it(made, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(UserError, match=r"skillnet-platform\[export\]"):
+    with pytest.raises(
+        UserError, match=r"onnxscript is not installed\. Install the extra export: "
+    ):
         made.export(tmp_path / "graph", "onnx", "speech_recognition")
 
 
