@@ -90,7 +90,7 @@ def _records(model_input: pd.DataFrame) -> list[dict[str, Any]]:
         )
     # pandas marks absent cells by NaN, a float; the checks below expect None.
     frame = model_input.astype(object).where(model_input.notna(), None)
-    return frame.to_dict("records")
+    return [{str(name): cell for name, cell in row.items()} for row in frame.to_dict("records")]
 
 
 # MLflow runs this file and takes the object that is set here, so a version needs no pickle file.
