@@ -114,6 +114,8 @@ class Objective:
         has_labels: whether an evaluation compares with labels of a test split. Otherwise the
             metric is measured on the validation split.
         hides_inputs: whether it predicts parts of its input that the data loader masks.
+        weighs_rows: whether its loss multiplies each row by the target ``weights``, (B,), if a
+            batch has one. A task of it may set ``class_weights``.
         aligns_targets: whether targets follow the tokens of a row in their order, so that a row
             is read whole and needs enough tokens.
         baseline: ``module:function`` that measures ``chance`` and ``simple_baseline``, see
@@ -133,6 +135,7 @@ class Objective:
     has_scale: bool = False
     has_labels: bool = True
     hides_inputs: bool = False
+    weighs_rows: bool = False
     aligns_targets: bool = False
     baseline: str = ""
     further: tuple[RowMetric, ...] = ()
@@ -201,6 +204,7 @@ _BUILT_IN = (
         columns=(TargetColumn("labels", "label"),),
         output="logits",
         listed="labels",
+        weighs_rows=True,
         baseline=f"{_BASELINES}:measure_class_baselines",
     ),
     Objective(

@@ -25,7 +25,11 @@ class ClassificationHead(LinearHead):
     def compute_loss(cls, outputs: Mapping[str, Tensor], inputs: LossInputs) -> Tensor:
         logits_BC, labels_B = outputs["logits"], inputs.targets["labels"]
         real = inputs.real
-        return cross_entropy(logits_BC[real], labels_B[real], inputs.count, inputs.smoothing)
+        weights_B = inputs.targets.get("weights")
+        weights_B = None if weights_B is None else weights_B[real]
+        return cross_entropy(
+            logits_BC[real], labels_B[real], inputs.count, inputs.smoothing, weights_B
+        )
 
     @classmethod
     def predict(cls, outputs: Mapping[str, Tensor]) -> Tensor:
@@ -50,7 +54,11 @@ class ClassificationHead(LinearHead):
 
 
 def cross_entropy(
-    logits_BC: Tensor, labels_B: Tensor, count: int, smoothing: float = 0.0
+    logits_BC: Tensor,
+    labels_B: Tensor,
+    count: int,
+    smoothing: float = 0.0,
+    weights_B: Tensor | None = None,
 ) -> Tensor:
     """Compute cross entropy with label smoothing, summed over B and divided by ``count``.
 
@@ -59,8 +67,12 @@ def cross_entropy(
         labels_B: class numbers.
         count: rows of the global batch.
         smoothing: label smoothing in [0, 1).
+        weights_B: factor of each row; None for 1.
     """
     logits = to_wide_float(logits_BC)
+    if weights_B is not None:
+        losses_B = F.cross_entropy(logits, labels_B, reduction="none", label_smoothing=smoothing)
+        return (losses_B * weights_B).sum() / count
     return F.cross_entropy(logits, labels_B, reduction="sum", label_smoothing=smoothing) / count
 
 

@@ -178,6 +178,11 @@ def check_trial(
 
     try:
         resources.check(trial.config.training.use_gpu)
+        if trial.config.training.patience:
+            raise UserError(
+                "training.patience: runs of equal length are compared. Remove the key; a sweep "
+                "ends bad trials with scheduler: asha"
+            )
         validate_run(resolve_run(trial.config))
         if folder is not None and trial.pretrain is None:
             find_finished_result(resolve_run(place_config(trial.config, folder / trial.name)))

@@ -14,6 +14,7 @@ from pipelines.training.evaluation import inference
 from pipelines.training.evaluation.evaluator import evaluate_model
 from pipelines.training.evaluation.inference import EvaluationRanks
 from pipelines.training.evaluation.outcomes import OutcomeTable
+from pipelines.training.loop.loop import share_score
 from skillnet.model import SkillNet
 from skillnet.skills import default_tasks, masked_tasks
 from tests.helpers.readable_corpora import config, write_corpora
@@ -90,3 +91,12 @@ def compare_with_one_process(rank: int, world: int, data: str) -> None:
 
 def test_ranks_evaluate_as_one_process_does(tmp_path: Path) -> None:
     run_ranks(3, compare_with_one_process, str(write_corpora(tmp_path / "corpora")))
+
+
+def compare_score(rank: int, world: int) -> None:
+    row = {"task": "topic", "split": "validation", "metric": "accuracy", "value": 0.6}
+    assert share_score([] if rank else [row], world, torch.device("cpu")) == 0.6
+
+
+def test_all_ranks_stop_by_the_score_of_the_first() -> None:
+    run_ranks(2, compare_score)

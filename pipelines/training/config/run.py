@@ -81,6 +81,9 @@ class TaskTraining:
         max_length: longest sequence of the corpus' own modality, in tokens or frames; longer
             rows are cropped at a random position. Null takes the limit of the model.
         label_smoothing: label smoothing, for classification.
+        class_weights: factor of the loss of a row, by its label, for classification. ``balanced``
+            is the number of rows / (number of labels × rows of the label); a mapping gives the
+            factor of each label, and 1 to labels that it leaves out.
         label_fraction: fraction of the rows that the task trains on, by held-out units. A smaller
             fraction is a part of a larger one. Validation and test rows stay.
         first_caption_prob: probability of a row's first caption, which evaluation uses; else any
@@ -100,6 +103,7 @@ class TaskTraining:
     lr: LearningRate | None = None
     max_length: PositiveCount | None = None
     label_smoothing: PartialFraction = 0.0
+    class_weights: Literal["balanced"] | dict[str, PositiveAmount] | None = None
     label_fraction: Annotated[float, Interval(gt=0, le=1)] = 1.0
     first_caption_prob: UnitFraction = 0.0
     auxiliary: bool = False
@@ -162,6 +166,9 @@ class TrainingConfig:
         checkpoint_every: steps between checkpoints; 0 writes one only at the end.
         keep_checkpoints: newest checkpoints that stay on disk.
         evaluate_every: steps between validations, the last step included; 0 for none.
+        patience: validations without a better score after which training ends; the final model
+            then has the weights of the best one, also if training reaches the last step. Null
+            trains all steps, and takes the last weights.
         log_every: steps between logged metrics.
         max_failures: restarts after a worker of Ray dies. A command that trains in its own process
             is run again instead.
@@ -207,6 +214,7 @@ class TrainingConfig:
     checkpoint_every: NonNegativeCount = 500
     keep_checkpoints: PositiveCount = 2
     evaluate_every: NonNegativeCount = 0
+    patience: PositiveCount | None = None
     log_every: PositiveCount = 20
     max_failures: NonNegativeCount = 1
     collective_timeout_s: PositiveAmount = 1800.0
@@ -219,6 +227,16 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         require_bounds(self, "training.")
+        if self.patience is not None and not self.evaluate_every:
+            raise ValueError(
+                "training.patience counts validations, and training.evaluate_every is 0; set the "
+                "steps between two validations"
+            )
+        if self.patience is not None and self.sharding in ("full", "hybrid"):
+            raise ValueError(
+                f"training.patience keeps whole weights, and training.sharding {self.sharding} "
+                "divides them; remove one of them"
+            )
         if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
             raise ValueError(
                 f"training.min_workers must be between 1 and training.workers ({self.workers}), "

@@ -283,11 +283,17 @@ class MultiTaskDataLoader:
 
 def _check_settings(name: str, task: Task, settings: TaskTraining) -> None:
     """Raise UserError if a setting would have no effect on its task."""
-    has_labels = find_objective(task.objective).has_labels and not settings.views
+    objective = find_objective(task.objective)
+    has_labels = objective.has_labels and not settings.views
     if settings.label_fraction < 1 and not has_labels:
         raise UserError(
             f"tasks.{name}.label_fraction: this task learns without labels. Set it to 1, and the "
             "fraction of a task with labels"
+        )
+    if settings.class_weights is not None and not objective.weighs_rows:
+        raise UserError(
+            f"tasks.{name}.class_weights: the loss of {task.objective} weighs no classes. Remove "
+            "the key; a classification task has weights"
         )
 
 

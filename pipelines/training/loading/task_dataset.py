@@ -3,9 +3,9 @@
 Shapes: B rows, T tokens, L symbols.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from skillnet.modality import Modality, find_modality
 from skillnet.objectives.base import find_objective
 from skillnet.objectives.retrieval import unique_group_ids
 from skillnet.skills import SkillPlan, Task
-from skillnet_platform.errors import UserError
+from skillnet_platform.errors import UserError, check_known_names
 
 if TYPE_CHECKING:
     from pipelines.data.shards.dataset import PreparedCorpus
@@ -242,6 +242,11 @@ class TaskDataset:
         #: Rows whose targets have no alignment with the model's tokens.
         self.unalignable_rows = self._count_unalignable() if aligns_targets else 0
         self._value_scale = self.objective.read_scale(corpus.manifest)
+        #: Factor of the loss of a row of each class, (C,).
+        self._class_weights: np.ndarray | None = None
+        if settings.class_weights is not None:
+            names = corpus.manifest[str(self.objective.listed)]
+            self._class_weights = self._weigh_classes(settings.class_weights, names)
         self._deviation = float(corpus.manifest["preprocessing"].get("deviation", 1.0))
         self._first_caption_prob = settings.first_caption_prob
         tokenizer = corpus.manifest.get("tokenizer") or {}
@@ -335,7 +340,34 @@ class TaskDataset:
                 values = (values - np.float32(mean)) / np.float32(deviation)
             is_whole = np.issubdtype(values.dtype, np.integer)
             targets[name] = _to_int64(values) if is_whole else torch.from_numpy(values)
+            if self._class_weights is not None:
+                targets["weights"] = torch.from_numpy(self._class_weights[values])
         return targets
+
+    def _weigh_classes(
+        self, given: Literal["balanced"] | Mapping[str, float], names: Sequence[str]
+    ) -> np.ndarray:
+        """Return the factor of each class, (C,) float32; ``balanced`` reads the labels of all rows.
+
+        Args:
+            given: ``class_weights`` of the task.
+            names: labels of the corpus, in the order of the classes.
+
+        Raises:
+            UserError: the corpus has no such label.
+        """
+        if given == "balanced":
+            (target,) = self.objective.columns
+            labels_N = self._column(target.column, FixedColumn).take(
+                self._open_rows(np.arange(self.num_rows))
+            )
+            counts_C = np.bincount(labels_N, minlength=len(names))
+            # A class without a row has no loss that its factor could change.
+            balanced_C = len(labels_N) / (np.count_nonzero(counts_C) * np.maximum(counts_C, 1))
+            return balanced_C.astype(np.float32)
+        key = f"tasks.{self.name}.class_weights"
+        check_known_names(given, names, key, "label")
+        return np.array([given.get(name, 1.0) for name in names], np.float32)
 
     def check_columns(self) -> None:
         """Check the columns and captions of the open shards, so that a run is rejected early.

@@ -4,6 +4,7 @@
       config.json, shared.safetensors, skill-*.safetensors, …   the model, as save_pretrained
       optimizer-<file>.safetensors                              optimizer state, a file per skill
       average-<file>.safetensors                                averaged weights, if kept
+      best-<file>.safetensors                                   weights of the best validation
       state.json                                                step, seed, configuration digest
       manifest.json                                             sizes and hashes; written last
 
@@ -23,7 +24,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pipelines.training.loop.optimizer import WeightAverage
+from pipelines.training.loop.optimizer import BestWeights, WeightAverage
 from pipelines.training.runs.checkpoints import (
     PREFIX,
     VerifiedCheckpoint,
@@ -165,6 +166,7 @@ class CheckpointTensors:
         optimizer: state and update of its weights, or of their shards.
         average: averaged weights, or None.
         shards: this rank's part of the weights; all ranks then read the same files in turn.
+        best: weights of the best validation, or None.
     """
 
     def __init__(
@@ -173,9 +175,10 @@ class CheckpointTensors:
         optimizer: torch.optim.Optimizer,
         average: WeightAverage | None,
         shards: "ModelShards | None" = None,
+        best: BestWeights | None = None,
     ) -> None:
         self.model, self.shards = model, shards
-        self._optimizer, self._average = optimizer, average
+        self._optimizer, self._average, self._best = optimizer, average, best
         self._owned = dict((shards or model).named_parameters())
 
     def _gather(self, name: str, tensor: Tensor) -> Tensor:
@@ -191,7 +194,7 @@ class CheckpointTensors:
             yield file, {name: self.read_weight(name) for name in names}
 
     def read_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Yield name and tensors of each file of the optimizer state and of the averages.
+        """Yield name and tensors of each file of the optimizer state, averages and best weights.
 
         A tensor of the state is called ``<parameter>/<field>``. Parameters that no step has
         updated have no state.
@@ -202,6 +205,7 @@ class CheckpointTensors:
         self, take: Callable[[str, Tensor], Tensor], with_steps: bool = True
     ) -> Iterator[tuple[str, dict[str, Tensor]]]:
         means = self._average.values if self._average is not None else {}
+        best = self._best.values if self._best is not None else {}
         for file, names in self.model.files_of().items():
             yield (
                 f"optimizer-{file}",
@@ -216,6 +220,7 @@ class CheckpointTensors:
             )
             taken = {name: take(name, means[name]) for name in names if name in means}
             yield f"average-{file}", taken
+            yield f"best-{file}", {name: best[name] for name in names if name in best}
 
     def join(self) -> None:
         """Take part in gathering the tensors of a checkpoint that another rank writes."""
@@ -256,12 +261,16 @@ class CheckpointTensors:
             step: steps done.
             state: further keys.
         """
-        updates = {} if self._average is None else {"average_updates": dict(self._average.updates)}
-        return {"step": step, **state, **updates}
+        further: dict[str, Any] = {}
+        if self._average is not None:
+            further["average_updates"] = dict(self._average.updates)
+        if self._best is not None:
+            further["best"] = self._best.to_dict()
+        return {"step": step, **state, **further}
 
     def count_bytes(self) -> int:
         """Return the bytes of all files, about."""
-        copies = 1 + (self._average is not None)
+        copies = 1 + (self._average is not None) + (self._best is not None)
         total = sum(copies * p.numel() * p.element_size() for p in self.model.parameters())
         trained = {p for p in self._owned.values() if p in self._optimizer.state}
         for name, parameter in self.model.named_parameters():
@@ -366,8 +375,9 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     average: WeightAverage | None = None,
     shards: "ModelShards | None" = None,
+    best: BestWeights | None = None,
 ) -> None:
-    """Load a verified checkpoint's weights, optimizer state and averages.
+    """Load a verified checkpoint's weights, optimizer state, averages and best weights.
 
     Args:
         checkpoint: verified, see :func:`pipelines.training.runs.checkpoints.verify_checkpoint`.
@@ -375,6 +385,7 @@ def load_checkpoint(
         optimizer: over the model's parameters; receives their state.
         average: receives the averaged weights.
         shards: receives this rank's part of each tensor instead of the model.
+        best: receives the weights of the best validation.
 
     Raises:
         UserError: the checkpoint is of a model of another shape.
@@ -409,13 +420,23 @@ def load_checkpoint(
         for key, value in tensors.items():
             name, _, field = key.rpartition("/")
             optimizer.state[parameters[name]][field] = own_part(name, value)
+
+    def load_copies(prefix: str, meaning: str, values: dict[str, Tensor]) -> None:
+        for path, tensors in load_files(prefix):
+            for name, value in tensors.items():
+                if value.shape != shapes.get(name):
+                    raise UserError(f"{path}: {name} is not {meaning} of a parameter of this model")
+                values[name] = own_part(name, value)
+
+    if best is not None:
+        load_copies("best-", "the best value", best.values)
+        try:
+            best.load_dict(checkpoint.state.get("best"))
+        except ValueError as error:
+            raise UserError(f"{checkpoint.path / 'state.json'}: {error}") from None
     if average is None:
         return
-    for path, tensors in load_files("average-"):
-        for name, value in tensors.items():
-            if value.shape != shapes.get(name):
-                raise UserError(f"{path}: {name} is not the average of a parameter of this model")
-            average.values[name] = own_part(name, value)
+    load_copies("average-", "the average", average.values)
     updates = checkpoint.state.get("average_updates", {})
     if not isinstance(updates, dict) or not all(type(n) is int for n in updates.values()):
         raise UserError(f"{checkpoint.path / 'state.json'}: average_updates are not numbers")

@@ -1,6 +1,7 @@
 """The training loop: one task per step, the same code without Ray, under Ray and in tests."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -11,9 +12,11 @@ import torch
 import torch.distributed as dist
 
 from pipelines.data.shards import row_threads
+from pipelines.training.evaluation.tables import compute_overall_score
 from pipelines.training.loading.dataloader import prefetch_batches
 from pipelines.training.loop import checkpointing, preemption
 from pipelines.training.loop.optimizer import (
+    BestWeights,
     WeightAverage,
     build_optimizer,
     set_learning_rate,
@@ -51,7 +54,8 @@ class TrainResult:
     """Result of a training loop.
 
     Args:
-        model: with the averaged weights if the run keeps an average.
+        model: with the averaged weights if the run keeps an average, and with those of the best
+            validation if it has a patience.
         step: steps done.
         resumed: step of the checkpoint that this call resumed from; 0 for a fresh start.
         stopped_early: why training ended before its last step, or None.
@@ -66,6 +70,9 @@ class TrainResult:
         shards: this rank's part of the weights; None if the model holds them whole.
         preempted: a stop was requested (:mod:`pipelines.training.loop.preemption`); a checkpoint
             exists.
+        has_converged: the run's patience ended it, so it is finished before its last step.
+        best_step: steps of the best validation, whose weights the model has; None without a
+            patience.
     """
 
     model: TaskModel
@@ -82,6 +89,8 @@ class TrainResult:
     checkpoint: Path | None = None
     shards: "ModelShards | None" = None
     preempted: bool = False
+    has_converged: bool = False
+    best_step: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the weights, as plain types."""
@@ -144,6 +153,7 @@ def train_model(
     trained = dict(chain.from_iterable(active.values()))
     optimizer = build_optimizer(trained.items(), settings)
     average = WeightAverage(settings.ema) if settings.ema else None
+    best = BestWeights(settings.patience) if settings.patience else None
 
     health = TaskHealth(
         config.tasks,
@@ -154,11 +164,11 @@ def train_model(
     )
     start = 0
     if checkpoint is not None:
-        checkpointing.load_checkpoint(checkpoint, model, optimizer, average, shards)
+        checkpointing.load_checkpoint(checkpoint, model, optimizer, average, shards, best)
         start = checkpoint.step
         sizes = {name: task.batch_size for name, task in config.trained.items()}
         health.restore(checkpoint.state, run.dataloader.count_steps(start), sizes)
-    tensors = checkpointing.CheckpointTensors(model, optimizer, average, shards)
+    tensors = checkpointing.CheckpointTensors(model, optimizer, average, shards, best)
     # Tensors that move between devices, or are gathered, do not count their changes.
     unchanged = None
     if settings.sharding in ("none", "host"):
@@ -173,6 +183,8 @@ def train_model(
     schedules = {n: replace(settings, lr=t.lr or settings.lr) for n, t in config.trained.items()}
     # ``stop_at`` ends the loop early, but the learning rate follows ``settings.steps``.
     last = min(settings.steps, stop_at if stop_at is not None else settings.steps)
+    if best is not None and best.is_over:
+        last = start
     peak = find_peak_flops(device, precision.name == "bf16")
     meter = ThroughputMeter(config, world, device, CostMeter(model, peak))
     gauges = GaugePublisher(str(config.name))
@@ -268,7 +280,11 @@ def train_model(
                 break
             if reporter.needs_evaluation(step, last, settings):
                 with averaged_weights(replica, average, residency), meter.paused():
-                    reporter.evaluate(model, step)
+                    rows = reporter.evaluate(model, step)
+                    if best is not None:
+                        best.add_validation(trained, share_score(rows or [], world, device), step)
+                if best is not None and best.is_over:
+                    break
             # The checkpoint of the last step is written below.
             if stopped or step == last:
                 break
@@ -282,13 +298,17 @@ def train_model(
     # No rank may end while rank 0 still writes the checkpoint.
     if world > 1:
         dist.barrier()
-    if step == settings.steps:
+    has_converged = best is not None and best.is_over
+    if step == settings.steps or has_converged:
         health.check_trained()
     if residency is not None:
         residency.settle()
-    # The result has the averaged weights; the checkpoint has both.
+    # The result has the averaged weights, or the best ones; the checkpoint has all of them.
     if average is not None:
         average.swap(replica.owner)
+    if best is not None:
+        best.restore(trained)
+        stopped = best.describe_end() if has_converged and step < settings.steps else stopped
     if residency is not None:
         residency.drop_state()
     if stopped is None and last < settings.steps:
@@ -308,7 +328,24 @@ def train_model(
         checkpoint=path,
         shards=shards,
         preempted=leaving and step < settings.steps,
+        has_converged=has_converged,
+        best_step=None if best is None else best.step,
     )
+
+
+def share_score(rows: list[dict[str, Any]], world: int, device: torch.device) -> float:
+    """Return the score of a validation, equal on all ranks; NaN without one.
+
+    Args:
+        rows: tidy rows on the first rank.
+        world: number of ranks.
+        device: that collectives use.
+    """
+    score, _ = compute_overall_score(rows, "validation")
+    shared = torch.tensor(math.nan if score is None else score, dtype=torch.float64, device=device)
+    if world > 1:
+        dist.broadcast(shared, src=0)
+    return float(shared)
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:

@@ -8,7 +8,7 @@ step count, which corrects the bias of the averages, stays as it is.
 import inspect
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -222,6 +222,76 @@ def update_weights(
     for parameter in parameters:
         parameter.grad = None
     return norm, is_finite
+
+
+class BestWeights:
+    """Copy of the trained weights at the best validation, and the number of worse ones since.
+
+    Args:
+        patience: validations without a better score after which training ends.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self._patience = patience
+        self.values: dict[str, Tensor] = {}
+        self.score, self.step, self.misses = -math.inf, 0, 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether training ends."""
+        return self.misses >= self._patience
+
+    def describe_end(self) -> str:
+        """Return in words why training ended."""
+        return (
+            f"no better validation in {self.misses} since step {self.step}, whose weights the "
+            "model has (training.patience)"
+        )
+
+    @torch.no_grad()
+    def add_validation(self, weights: Mapping[str, Tensor], score: float, step: int) -> None:
+        """Copy the weights if their score is the best so far.
+
+        Args:
+            weights: those that the training changes, as they were validated.
+            score: higher is better; NaN is never better.
+            step: steps done.
+        """
+        if not score > self.score:
+            self.misses += 1
+            return
+        self.score, self.step, self.misses = score, step, 0
+        self.values = {name: weight.detach().clone() for name, weight in weights.items()}
+
+    @torch.no_grad()
+    def restore(self, weights: Mapping[str, Tensor]) -> None:
+        """Give the weights the best values; without a score they stay.
+
+        Args:
+            weights: see :meth:`add_validation`.
+        """
+        for name, value in self.values.items():
+            weights[name].copy_(value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the state without the weights, for ``state.json``."""
+        score = self.score if self.values else None
+        return {"score": score, "step": self.step, "misses": self.misses}
+
+    def load_dict(self, state: Any) -> None:
+        """Take over the state of a checkpoint.
+
+        Raises:
+            ValueError: it is none.
+        """
+        known = isinstance(state, dict) and all(
+            type(state.get(key)) is int for key in ("step", "misses")
+        )
+        if not known or not isinstance(state.get("score"), float | int | None):
+            raise ValueError("best has no score, step and misses")
+        score = state["score"]
+        self.score = -math.inf if score is None else float(score)
+        self.step, self.misses = state["step"], state["misses"]
 
 
 class WeightAverage:

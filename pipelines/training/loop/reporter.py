@@ -139,8 +139,13 @@ class LoopReporter:
             return self.evaluates_last
         return step < last and step % settings.evaluate_every == 0
 
-    def evaluate(self, model: TaskModel, step: int) -> None:
-        """Evaluate the model; the loop waits until this returns."""
+    def evaluate(self, model: TaskModel, step: int) -> list[dict[str, Any]] | None:
+        """Evaluate the model; the loop waits until this returns.
+
+        Returns:
+            Tidy rows, on the first rank; None without an evaluation.
+        """
+        return None
 
     def checkpoint(self, path: Path, step: int) -> None:
         """Note that a valid checkpoint is at ``path``."""
@@ -170,10 +175,11 @@ class SilentReporter(LoopReporter):
         self._config, self._on_evaluation, self._ranks = config, on_evaluation, ranks
         self.evaluates_last = on_evaluation is None
 
-    def evaluate(self, model: TaskModel, step: int) -> None:
-        evaluate_validation(self._config, model, self._ranks)
+    def evaluate(self, model: TaskModel, step: int) -> list[dict[str, Any]]:
+        rows = evaluate_validation(self._config, model, self._ranks)
         if self._on_evaluation is not None:
             self._on_evaluation([], step)
+        return rows
 
 
 class RunReporter(LoopReporter):
@@ -235,13 +241,14 @@ class RunReporter(LoopReporter):
             suffix = f", {losses}" if losses else ""
             console.print_note(f"training: step {step} of {self._config.training.steps}{suffix}")
 
-    def evaluate(self, model: TaskModel, step: int) -> None:
+    def evaluate(self, model: TaskModel, step: int) -> list[dict[str, Any]]:
         from pipelines.training.evaluation.tables import flat_metrics
 
         rows = evaluate_validation(self._config, model, self._ranks)
         self.metrics(flat_metrics(rows), step)
         if self._on_evaluation is not None:
             self._on_evaluation(rows, step)
+        return rows
 
     def checkpoint(self, path: Path, step: int) -> None:
         if self._uploads is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.training.config.resources import trains_in_process
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.loop.resolved_run import ResolvedRun
-from pipelines.training.loop.run_evaluation import find_size_mismatch
+from pipelines.training.loop.run_evaluation import check_evaluation_splits, find_size_mismatch
 from pipelines.training.runs.layout import (
     CONFIG,
     RESULT,
@@ -69,6 +69,8 @@ def validate_run(run: ResolvedRun) -> None:
                 f"{dataset.location} have more symbols than tokens and cannot be learned; lower "
                 f"model.mel_stack ({config.model.mel_stack})"
             )
+    if config.training.patience:
+        check_evaluation_splits(run, ["validation"])
     warn_of_idle_tasks(run)
     find_common_tokenizer(run.manifests)
     _ = run.init_report
@@ -211,8 +213,8 @@ def find_finished_result(run: ResolvedRun) -> dict[str, Any] | None:
     check_trained_corpora(config, before, stored)
     if (folder / RESULT).is_file():
         result = read_result(folder / RESULT)
-        # A run that stopped early is not finished.
-        if result["step"] >= config.training.steps:
+        # A run that was stopped is not finished, but one that its patience ended is.
+        if result["step"] >= config.training.steps or result.get("has_converged"):
             return result
     return None
 
@@ -261,7 +263,8 @@ def _train(
         if counts.problems:
             console.print_warning(f"{name}: {counts.problems}")
     if trained["stopped_early"]:
-        console.print_warning(trained["stopped_early"])
+        is_wanted = trained.get("has_converged")
+        (console.print_note if is_wanted else console.print_warning)(trained["stopped_early"])
         tracker.tags({"stopped_early": trained["stopped_early"]})
     if trained["preempted"]:
         received = preemption.received_signal()

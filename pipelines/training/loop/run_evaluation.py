@@ -238,8 +238,11 @@ def resume_evaluation(
         (record.get("splits"), record.get("brief"))
         == (list(splits) if splits is not None else None, brief)
         and result.get("corpora") == {name: m["digest"] for name, m in run.manifests.items()}
-        # A run that stopped early continues to train.
-        and result.get("step", -1) >= run.config.training.steps
+        # A run that was stopped continues to train.
+        and (
+            result.get("step", -1) >= run.config.training.steps
+            or result.get("has_converged") is True
+        )
         and (run.folder / "model" / "manifest.json").is_file()
         # A node of the same run may have removed it to train again.
         and (run.folder / "trained.json").is_file()

@@ -20,8 +20,9 @@ from skillnet_platform.errors import UserError
 
 PREFIX = "step-"
 WEIGHTS = ".safetensors"
-#: Files of the optimizer state, and of averages, are named after those of their weights.
-STATE_PREFIXES = ("optimizer-", "average-")
+#: Files of the optimizer state, of averages and of the best weights are named after those of their
+#: weights.
+STATE_PREFIXES = ("optimizer-", "average-", "best-")
 
 
 @dataclass

@@ -53,6 +53,9 @@ def compute_identity(config: FinetuneConfig) -> dict[str, Any]:
         config: settings of the run, with ``init_from`` as a folder of weights.
     """
     training = {k: v for k, v in asdict(config.training).items() if k not in NON_IDENTITY_KEYS}
+    if config.training.patience is not None:
+        # The validations decide which weights are final.
+        training["evaluate_every"] = config.training.evaluate_every
     return {
         "seed": config.seed,
         "init_from": digest_weights(config.init_from),
