@@ -107,8 +107,9 @@ class AshaConfig:
 class ScoreConfig:
     """Computation of one score from the evaluation of a trial; higher is better.
 
-    The plain score of a task is its accuracy, its recall at 10, or 1 − token error rate. It is at
-    least 0: error rates above 1, as of untrained models, count as 1.
+    The plain score of a task is its accuracy, its recall at 10, 1 − token error rate, or that of
+    the metric which ``run.tasks.NAME.metric`` names. It is at least 0: error rates above 1, as of
+    untrained models, count as 1.
 
     Args:
         kind: plain is the mean of the plain scores over tasks; relative first divides each score

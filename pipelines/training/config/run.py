@@ -84,6 +84,9 @@ class TaskTraining:
         class_weights: factor of the loss of a row, by its label, for classification. ``balanced``
             is the number of rows / (number of labels × rows of the label); a mapping gives the
             factor of each label, and 1 to labels that it leaves out.
+        metric: metric of the validation whose score ranks runs and trials, and stops a run by
+            ``training.patience``; one of the objective or of ``skillnet.metrics``. Null takes the
+            first of the objective.
         label_fraction: fraction of the rows that the task trains on, by held-out units. A smaller
             fraction is a part of a larger one. Validation and test rows stay.
         first_caption_prob: probability of a row's first caption, which evaluation uses; else any
@@ -104,6 +107,7 @@ class TaskTraining:
     max_length: PositiveCount | None = None
     label_smoothing: PartialFraction = 0.0
     class_weights: Literal["balanced"] | dict[str, PositiveAmount] | None = None
+    metric: str | None = None
     label_fraction: Annotated[float, Interval(gt=0, le=1)] = 1.0
     first_caption_prob: UnitFraction = 0.0
     auxiliary: bool = False

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from skillnet.config import SkillNetConfig
-from skillnet.objectives.base import find_objective, list_objectives
+from skillnet.objectives.base import NamedMetric, find_objective, list_objectives
 from skillnet.skills import Task, default_tasks
 from skillnet_evidence.cells import markdown_table
 from skillnet_platform.storage import open_output
@@ -84,6 +84,19 @@ def score_metric(metric: str, value: float) -> float:
         value: number that evaluation rows have for it.
     """
     return max(value if SCORED_METRICS[metric] else 1.0 - value, 0.0)
+
+
+def score_chosen(metric: NamedMetric, value: float) -> float:
+    """Return the score of a metric that a task chooses, at least 0, where higher is better.
+
+    Args:
+        metric: its direction and bounds.
+        value: number that evaluation rows have for it.
+    """
+    if metric.higher_is_better:
+        return max(value, 0.0)
+    # 1 − RMSE would be 0 for most units.
+    return 1.0 / (1.0 + value) if metric.scale == "free" else max(1.0 - value, 0.0)
 
 
 def score_label(metric: str) -> str:
@@ -375,7 +388,8 @@ def compute_overall_score(
 
     The score of a task is its accuracy, its recall at 10, or 1 − token error rate; see
     :func:`pipelines.training.evaluation.tables.score_metric`. Tasks without labels count only if no
-    task has labels, as in a pretraining.
+    task has labels, as in a pretraining. A row with a ``score`` counts for its task instead: the
+    run chose its metric.
 
     Args:
         rows: evaluation rows of one system.
@@ -390,6 +404,7 @@ def compute_overall_score(
         for row in chosen
         if row["metric"] in SCORED_METRICS
     }
+    scores |= {str(row["task"]): row["score"] for row in chosen if row.get("score") is not None}
     # The score of a loss is exp(-loss), between 0 and 1 for pixels as well. Of masked tokens it is
     # the geometric mean of their probabilities.
     scores = scores or {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.training.config.data import MASKS
 from pipelines.training.config.run import FinetuneConfig
 from skillnet_platform.config import to_dict
-from skillnet_platform.errors import UserError
+from skillnet_platform.errors import UserError, check_known_names
 from skillnet_platform.storage import read_json, read_record, write_json
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pipelines.training.evaluation.outcomes import OutcomeTable
     from pipelines.training.loop.resolved_run import ResolvedRun
     from skillnet.multitask_model import TaskModel
+    from skillnet.objectives.base import NamedMetric
     from skillnet.systems import SizeMatch
     from skillnet_platform.tracking import Tracker
 
@@ -63,6 +64,28 @@ def find_size_mismatch(config: FinetuneConfig) -> str | None:
     )
 
 
+def find_chosen_metrics(config: FinetuneConfig) -> "dict[str, NamedMetric]":
+    """Return task -> metric that the run is ranked by, of the tasks that choose one.
+
+    Args:
+        config: settings of the run.
+
+    Raises:
+        UserError: the objective of a task has no metric of this name.
+    """
+    from skillnet.objectives.base import find_objective
+    from skillnet.skills import find_task
+
+    found = {}
+    for name, task in config.tasks.items():
+        if task.metric is not None:
+            objective = find_objective(find_task(name, config.model.tasks).objective)
+            known = {metric.name: metric for metric in objective.metrics}
+            check_known_names([task.metric], known, f"tasks.{name}.metric", "metric")
+            found[name] = known[task.metric]
+    return found
+
+
 #: Result of the evaluation before it is logged and registered; ``result.json`` follows.
 EVALUATED = "evaluated.json"
 EVALUATION_CSV = "evaluation.csv"
@@ -99,6 +122,7 @@ def evaluate_run(
         Tidy rows, one per metric, task and split; none on ranks other than the first.
     """
     from pipelines.training.evaluation.evaluator import evaluate_model
+    from pipelines.training.evaluation.tables import score_chosen
 
     measured = {name: config.measured[name] for name in tasks or config.measured}
     rows = evaluate_model(
@@ -118,7 +142,12 @@ def evaluate_run(
         ranks=ranks,
         fold=config.fold,
     )
-    # Only the run knows the size that its baseline aims at: a saved model has its own alone.
+    # Only the run knows the metric that it is ranked by, and the size that its baseline aims at.
+    chosen = find_chosen_metrics(config) if rows else {}
+    for row in rows:
+        metric = chosen.get(row["task"])
+        if metric is not None and row["metric"] == metric.name:
+            row["score"] = score_chosen(metric, float(row["value"]))
     size = measure_baseline_size(config) if rows else None
     return rows if size is None else [row | {"size_mismatch": size.deviation} for row in rows]
 

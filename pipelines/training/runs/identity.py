@@ -53,16 +53,20 @@ def compute_identity(config: FinetuneConfig) -> dict[str, Any]:
         config: settings of the run, with ``init_from`` as a folder of weights.
     """
     training = {k: v for k, v in asdict(config.training).items() if k not in NON_IDENTITY_KEYS}
+    tasks = configuration.to_dict(config.tasks)
     if config.training.patience is not None:
         # The validations decide which weights are final.
         training["evaluate_every"] = config.training.evaluate_every
+    else:
+        for task in tasks.values():
+            del task["metric"]
     return {
         "seed": config.seed,
         "init_from": digest_weights(config.init_from),
         "system": config.system,
         "options": config.options,
         "model": configuration.to_dict(config.model),
-        "tasks": configuration.to_dict(config.tasks),
+        "tasks": tasks,
         "corpora": {
             name: config.corpora[name] for name in corpora_of(config) if config.corpora.get(name)
         },
