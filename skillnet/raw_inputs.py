@@ -51,6 +51,10 @@ class InputProcessor(Protocol):
 
     def classify(self, inputs: Sequence[Any], task: str | None, top: int) -> list[Any]: ...
 
+    def predict(
+        self, rows: Any, task: str | None, top: int | None, embeddings: bool, **columns: str
+    ) -> Any: ...
+
     def transcribe(self, recordings: Sequence[Any], task: str | None) -> list[str]: ...
 
     def push_to_hub(self, repository: str, **options: Any) -> str: ...
@@ -155,6 +159,32 @@ class RawInputModel:
             unsure.
         """
         return self.processor.classify(inputs, task, top)
+
+    def predict(
+        self,
+        rows: Any,
+        task: str | None = None,
+        top: int | None = None,
+        embeddings: bool = False,
+        **columns: str,
+    ) -> Any:
+        """Return a table of the same kind, with the columns of the rows and of their predictions.
+
+        The added columns are those of ``skillnet predict``: ``task``, ``answer``, ``score`` and
+        ``confidence``. Unusable rows are reported and left out.
+
+        Args:
+            rows: a data frame, an Arrow table or a list of mappings. A row has a text, or a path,
+                bytes or decoded media in a column such as ``image``.
+            task: for rows that do not name one; None takes the one that an input belongs to.
+            top: number of alternatives; None leaves them out.
+            embeddings: whether answers have the vector of their row, too.
+            **columns: ``text_column`` or ``file_column``, where the names are no common ones.
+
+        Raises:
+            ValueError: the rows are no table, or none of them is usable.
+        """
+        return self.processor.predict(rows, task, top, embeddings, **columns)
 
     def transcribe(self, recordings: Sequence[Any], task: str | None = None) -> list[str]:
         """Return the transcripts of recordings.

@@ -6,7 +6,6 @@ Files are linked, not copied.
 
 import io
 import json
-import math
 import wave
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipelines.serving.inputs import find_suffix_modality
+from pipelines.serving.memory_tables import is_missing, list_records
 from skillnet_platform.errors import UserError
 
 #: Rows of a group of a Parquet file, so that readers hold few media at once.
@@ -39,7 +39,7 @@ def write_table(rows: Any, folder: Path, name: str) -> tuple[Path, dict[str, Any
     Raises:
         UserError: there is no row, a value cannot be stored, or a column mixes kinds of values.
     """
-    records = _list_records(rows, name)
+    records = list_records(rows, name)
     if not records:
         raise UserError(f"{name}: no rows. Give at least one row of each class")
     columns = list(dict.fromkeys(key for row in records for key in row))
@@ -69,39 +69,9 @@ def write_table(rows: Any, folder: Path, name: str) -> tuple[Path, dict[str, Any
     return path, {}
 
 
-def _list_records(rows: Any, name: str) -> list[dict[Any, Any]]:
-    """Return rows as mappings; those of a mapping of splits with a field ``split``."""
-    if isinstance(rows, Mapping):
-        found = []
-        for split, part in rows.items():
-            if not isinstance(split, str) or isinstance(part, Mapping):
-                raise UserError(f"{name}: expected rows, or the rows of each split by its name")
-            found += [row | {"split": split} for row in _list_records(part, name)]
-        return found
-    if isinstance(rows, pa.Table):
-        return list(rows.to_pylist())
-    # A data frame, without an import of pandas.
-    if hasattr(rows, "to_dict") and hasattr(rows, "columns"):
-        if len(set(rows.columns)) < len(rows.columns):
-            raise UserError(f"{name}: two columns of the data frame have one name; rename one")
-        return [dict(row) for row in rows.to_dict("records")]
-    if isinstance(rows, Sequence) and not isinstance(rows, str | bytes):
-        for number, row in enumerate(rows):
-            if not isinstance(row, Mapping):
-                raise UserError(
-                    f"{name}, row {number}: expected a mapping such as "
-                    f'{{"text": …, "label": …}}, got {type(row).__name__}'
-                )
-        return [dict(row) for row in rows]
-    raise UserError(
-        f"{name}: expected a data frame, an Arrow table, a list of mappings, or a path; got "
-        f"{type(rows).__name__}"
-    )
-
-
 def _holds_files(records: Iterable[Mapping[str, Any]], key: str) -> bool:
     """Return whether the values of a column are paths of media, of ``Path`` or by their suffix."""
-    values = [row[key] for row in records if not _is_missing(row.get(key))]
+    values = [row[key] for row in records if not is_missing(row.get(key))]
     return bool(values) and all(
         isinstance(value, Path)
         or (isinstance(value, str) and find_suffix_modality(value) and Path(value).is_file())
@@ -123,9 +93,9 @@ def _write_lines(
             fields = {
                 column: _store_value(value, column, number, name)
                 for column, value in row.items()
-                if column != key and not _is_missing(value)
+                if column != key and not is_missing(value)
             }
-            if not _is_missing(row.get(key)):
+            if not is_missing(row.get(key)):
                 file = Path(row[key]).absolute()
                 # A file of several rows is one item.
                 if file not in links:
@@ -139,13 +109,9 @@ def _write_lines(
     return path, {"media": str(media), "file": FILE_FIELD}
 
 
-def _is_missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
 def _store_value(value: Any, column: str, row: int, name: str) -> Any:
     """Return a value as a Parquet file holds it, media as the bytes of a file."""
-    if _is_missing(value):
+    if is_missing(value):
         return None
     if isinstance(value, np.generic):
         return value.item()

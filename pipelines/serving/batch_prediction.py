@@ -18,7 +18,7 @@ a file in ``done`` are not predicted again, if their bytes are still those that 
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from pipelines.data.io.source_file import format_json_line, open_stream
 from pipelines.serving.inputs import (
     InputRow,
     PredictionItem,
+    find_table_format,
     has_rows,
     parse_input_line,
     read_file_bytes,
@@ -46,7 +47,7 @@ from skillnet_platform.storage.location import (
 from skillnet_platform.storage.retry import StoreUnavailableError
 
 if TYPE_CHECKING:
-    from pipelines.serving.predictor import TaskPredictor
+    from pipelines.serving.predictor import AnswerLayout, TaskPredictor
 
 PLAN, SUMMARY, DONE = "plan.json", "summary.json", "done"
 #: Levels of folders below an input.
@@ -97,20 +98,45 @@ class BatchRequest:
         data: prepared corpora, for a checkpoint; None takes those of its run.
         output: folder or URI of the parts.
         task: task to run; None selects one by modality.
-        top: number of alternatives.
+        top: number of alternatives; None leaves them out.
         precision: auto, bf16, fp32 or fp64.
         tracking_uri: address of the tracker.
         digest: SHA-256 of the model that the workers must load; "" accepts any.
+        has_embeddings: whether predictions with an answer have an embedding, too.
     """
 
     model: str
     data: str | None
     output: str
     task: str | None = None
-    top: int = 5
+    top: int | None = None
     precision: str = "auto"
     tracking_uri: str | None = None
     digest: str = ""
+    has_embeddings: bool = False
+
+    @property
+    def layout(self) -> "AnswerLayout":
+        """Fields of a prediction in the output."""
+        from pipelines.serving.predictor import AnswerLayout
+
+        return AnswerLayout(self.top or 0, self.has_embeddings)
+
+    def list_settings(self, digest: str, block_rows: int) -> dict[str, Any]:
+        """Return what the bytes of the parts depend on, beside the input.
+
+        Args:
+            digest: SHA-256 of the model.
+            block_rows: rows of a part at most.
+        """
+        return {
+            "model": digest,
+            "task": self.task,
+            "top": self.top,
+            "embeddings": self.has_embeddings,
+            "precision": self.precision,
+            "block_rows": block_rows,
+        }
 
 
 @dataclass(frozen=True)
@@ -164,8 +190,9 @@ class BlockPredictor:
         rejected: list[bytes] = []
         seen = hashlib.sha256()
         rows = _read_rows(block, self._request.task, seen)
-        for part in self._predictor.answer_rows(rows, self._request.top):
-            lines += [format_json_line(each).encode() for each in part.list_documents()]
+        layout = self._request.layout
+        for part in self._predictor.answer_rows(rows, self._request.top or 1):
+            lines += [format_json_line(each).encode() for each in part.list_documents(layout)]
             rejected += [format_json_line(each).encode() for each in part.list_reasons()]
         name, data = f"part-{block.index:06d}", b"".join(lines)
         write_location(join_location(self._output, f"{name}.jsonl"), data)
@@ -203,7 +230,9 @@ def predict_blocks(request: BatchRequest, where: Location, block_rows: int) -> B
     # A wrong model fails before Ray starts, and the workers find its bundle in the cache.
     predictor, digest = open_request_predictor(request)
     request = replace(request, digest=digest)
-    _claim_output(output, request, plan, digest, block_rows)
+    settings = request.list_settings(digest, block_rows)
+    settings |= {"blocks": len(plan.blocks), "input": plan.digest}
+    claim_parts(output, settings, lambda: bool(_read_done(output, plan)))
     counts = _read_done(output, plan)
     missing = [block for block in plan.blocks if block.index not in counts]
     resumed = len(counts)
@@ -317,35 +346,33 @@ def _read_rows(
             yield parse_input_line(block.source, line_number, see(line), read_file, task)
 
 
-def _claim_output(
-    output: Location, request: BatchRequest, plan: BlockPlan, digest: str, block_rows: int
-) -> None:
-    """Write the plan into an output, or check that an earlier call had the same plan."""
-    mine = {
-        "model": digest,
-        "task": request.task,
-        "top": request.top,
-        "precision": request.precision,
-        "block_rows": block_rows,
-        "blocks": len(plan.blocks),
-        "input": plan.digest,
-    }
+def claim_parts(output: Location, settings: dict[str, Any], has_parts: Callable[[], bool]) -> None:
+    """Write the plan into a folder of parts, or check that an earlier call had the same plan.
+
+    Args:
+        output: folder or URI of the parts.
+        settings: what their bytes depend on.
+        has_parts: returns whether the folder holds parts.
+
+    Raises:
+        UserError: the folder holds parts of another call.
+    """
     where = join_location(output, PLAN)
     found = read_if_exists(where)
     if found is None:
-        if _read_done(output, plan):
+        if has_parts():
             raise UserError(f"{output}: holds parts without {PLAN}. Choose another --output")
-        write_location(where, json.dumps(mine, indent=2).encode())
+        write_location(where, json.dumps(settings, indent=2).encode())
         return
     try:
         earlier = json.loads(found)
-        changed = [key for key, value in mine.items() if earlier.get(key) != value]
+        changed = [key for key, value in settings.items() if earlier.get(key) != value]
     except (ValueError, AttributeError):
         raise UserError(f"{where}: is damaged. Choose another --output") from None
     if changed:
         raise UserError(
             f"{output}: holds predictions of another call ({', '.join(changed)} differs). Choose "
-            "another --output"
+            "another --output, or remove it"
         )
 
 
@@ -394,6 +421,12 @@ def plan_blocks(where: Location, block_rows: int) -> BlockPlan:
     """
     listed = _list_input(where)
     names = [name for name, _ in listed]
+    other = next((name for name in names if find_table_format(name) and not has_rows(name)), None)
+    if other is not None:
+        raise UserError(
+            f"{other}: only .jsonl files are cut into blocks for a folder of answers. Name one "
+            "file of answers for the whole input, such as --output answers.csv"
+        )
     blocks = [each for name in names if has_rows(name) for each in _cut_lines(name, block_rows)]
     media = [name for name in names if not has_rows(name)]
     for first in range(0, len(media), block_rows):

@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipelines.data.io.field_names import FILE_FIELDS, fold_name
 from pipelines.data.io.media import MAX_MEDIA_BYTES, find_signature
 from pipelines.data.io.source_file import is_remote, open_stream, read_bounded, strip_file_scheme
 from pipelines.data.transforms.text import check_unicode
 from skillnet.modality import CAPTION_MODALITY, find_modality, list_modalities, modality_names
 from skillnet_platform import console
-from skillnet_platform.errors import UserError
+from skillnet_platform.errors import UserError, suggest_name
 from skillnet_platform.storage import human_bytes
 
 #: Largest file that a prediction reads: that of prepare.
@@ -29,6 +30,14 @@ MAX_FILE_BYTES = MAX_MEDIA_BYTES
 #: Largest file with rows of predictions.
 MAX_ROWS_BYTES = 2**30
 ROW_SUFFIXES = (".jsonl", ".ndjson")
+#: Suffix of a file of rows -> format of the file; those of ``prepare``.
+TABLE_FORMATS = {
+    **dict.fromkeys(ROW_SUFFIXES, "jsonl"),
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+}
 #: Maximum number of rows that are reported individually.
 MAX_REPORTED = 20
 #: Keys of rows that are read. Rows of files may have others, such as an id; requests may not.
@@ -86,6 +95,8 @@ class InputRow:
         item: to predict for; None if the row is rejected.
         reason: cause of the rejection; "" if the row is usable.
         is_required: whether the row must not be skipped, as the inputs of a command line.
+        values: columns of the row, which its answers repeat; None for an input without columns.
+        number: index of the row among those that are answered together.
     """
 
     where: str
@@ -93,6 +104,21 @@ class InputRow:
     item: PredictionItem | None = None
     reason: str = ""
     is_required: bool = False
+    values: Mapping[str, Any] | None = None
+    number: int = 0
+
+
+@dataclass(frozen=True)
+class InputFields:
+    """Columns that hold the inputs of a table; None takes those that ``prepare`` reads.
+
+    Args:
+        text: column of the text.
+        file: column of the file, or of the media themselves.
+    """
+
+    text: str | None = None
+    file: str | None = None
 
 
 @contextlib.contextmanager
@@ -166,6 +192,18 @@ def read_file_bytes(
 def has_rows(name: str) -> bool:
     """Return whether a file of this name holds rows as JSON lines."""
     return name.lower().endswith(ROW_SUFFIXES)
+
+
+def find_table_format(name: str) -> str | None:
+    """Return the format of a file of rows by its suffix, None for another file.
+
+    Args:
+        name: name of a file; ``.gz`` after the suffix is ignored.
+    """
+    # Another package's modality can read such files as media.
+    if find_suffix_modality(name) is not None:
+        return None
+    return TABLE_FORMATS.get(Path(name.lower().removesuffix(".gz")).suffix)
 
 
 def find_suffix_modality(name: str) -> str | None:
@@ -304,6 +342,89 @@ def parse_row(
     return PredictionItem(name, text, None, task, given["keywords"], may_be_empty=clue)
 
 
+def parse_table_row(
+    row: Mapping[str, Any],
+    read_file: FileReader,
+    where: str,
+    task: str | None = None,
+    fields: InputFields = InputFields(),
+    clue: bool = False,
+) -> PredictionItem:
+    """Return the item of a row of a table, whose columns have the names that ``prepare`` reads.
+
+    Args:
+        row: column -> value. A file is its name, its bytes, or a mapping with ``bytes``.
+        read_file: returns the content for the name of a file.
+        where: position of the row; names an input without a name.
+        task: default for a row that names none.
+        fields: columns that the user names.
+        clue: see :func:`parse_row`.
+
+    Raises:
+        UserError: the row is unusable; the message is the reason alone.
+    """
+    if clue or not isinstance(row, Mapping):
+        return parse_row(row, FILE_ROW_KEYS, read_file, "", task, clue)
+    for name in filter(None, (fields.text, fields.file)):
+        if name not in row:
+            raise UserError(f"no column {name!r}{suggest_name(name, row)}")
+    given = {key: row.get(key) for key in ("task", "keywords")}
+    if fields.text is not None or fields.file is not None:
+        key = "file" if fields.text is None else "text"
+        both = {key: row[fields.text or fields.file or ""]}
+        both |= {"file": row[fields.file]} if fields.file is not None else {}
+    elif row.get("file") not in (None, ""):
+        # An empty cell of a table is no text.
+        both = {key: row.get(key) or None for key in (*TEXT_KEYS, "file")}
+    else:
+        both = _find_input(row)
+    if (modality := both.pop("modality", None)) is not None:
+        # A string of another modality than texts, such as a function.
+        code, half = both["text"], find_modality(modality).file_half
+        if not isinstance(code, str):
+            raise UserError(f"{both['name']} must be a string")
+        task = _read_task(given["task"]) or task
+        return PredictionItem(**half.make_input(code, where), task=task, modality=modality)
+    media: Any = both.get("file")
+    if isinstance(media, Mapping) and (media.get("bytes") or media.get("path")):
+        given["name"] = media.get("path")
+        media = media.get("bytes") or media.get("path")
+    if isinstance(media, bytes) and both.get("text") is None:
+        content = media
+        both["file"], read_file = where, lambda _: content
+    elif media is not None:
+        both["file"] = media
+    return parse_row(given | both, (*FILE_ROW_KEYS, "name"), read_file, "", task)
+
+
+def _read_task(task: Any) -> str | None:
+    if not isinstance(task, str | None):
+        raise UserError("task must be a string")
+    return task
+
+
+def _find_input(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the input of a row by the names of its columns, under the keys of a row."""
+    folded = {fold_name(str(name)): row[name] for name in reversed([*row])}
+    for name in FILE_FIELDS:
+        value = folded.get(name)
+        is_media = isinstance(value, bytes) or (isinstance(value, Mapping) and "bytes" in value)
+        is_named = isinstance(value, str) and bool(value)
+        # Other columns can hold anything, such as the path of a source file.
+        if is_media or (is_named and (name == "file_name" or find_suffix_modality(str(value)))):
+            return {"file": value}
+    texts = find_modality(CAPTION_MODALITY).file_half.text_fields
+    given = [name for name in texts if name in folded]
+    if given:
+        filled = (name for name in given if folded[name] not in (None, ""))
+        return {"text": folded[next(filled, given[0])]}
+    for modality in list_modalities():
+        strings = modality.file_half.row_fields if modality.reads_tokens else ()
+        if (found := next((each for each in strings if each in folded), None)) is not None:
+            return {"text": folded[found], "modality": modality.name, "name": found}
+    return {}
+
+
 def parse_request_row(row: Any, number: int, is_required: bool = False) -> InputRow:
     """Return a row of a request; an unusable row has its reason.
 
@@ -342,6 +463,7 @@ def parse_input_line(
     read_file: FileReader,
     task: str | None,
     clue: bool = False,
+    fields: InputFields = InputFields(),
 ) -> InputRow:
     """Return a line of a file as a row; an unusable row has its reason.
 
@@ -352,6 +474,7 @@ def parse_input_line(
         read_file: called with the name of a file that the row names.
         task: for rows that do not name one.
         clue: see :func:`parse_row`.
+        fields: columns that the user names.
     """
     row, item, reason = None, None, ""
     try:
@@ -361,7 +484,7 @@ def parse_input_line(
         # Opening such a path raises ValueError, not UserError.
         if isinstance(row, dict) and "\0" in str(row.get("file")):
             raise UserError("the file name contains a null character")
-        item = parse_row(row, FILE_ROW_KEYS, read_file, "", task, clue)
+        item = parse_table_row(row, read_file, f"{source}, line {number}", task, fields, clue)
     # These errors are ValueErrors, so the order of the handlers matters.
     except UnicodeDecodeError:
         reason = "not UTF-8; convert the file, for example with iconv -f GB18030 -t UTF-8"
@@ -372,16 +495,20 @@ def parse_input_line(
         reason = str(error)
     identity = {"id": row["id"]} if isinstance(row, dict) and "id" in row else {}
     place = identity | {"source": source, "line": number}
-    return InputRow(f"{source}, line {number}", place, item, reason)
+    values = row if isinstance(row, dict) else {}
+    return InputRow(f"{source}, line {number}", place, item, reason, values=values)
 
 
-def read_input_rows(path: Path, task: str | None, clue: bool = False) -> list[InputRow]:
+def read_input_rows(
+    path: Path, task: str | None, clue: bool = False, fields: InputFields = InputFields()
+) -> list[InputRow]:
     """Read the rows of a .jsonl file; files that rows name are relative to its directory.
 
     Args:
         path: file to read.
         task: for rows that do not name one.
         clue: see :func:`parse_row`.
+        fields: columns that the user names.
 
     Raises:
         UserError: the file is missing, is a JSON array, or has no usable row.
@@ -394,10 +521,12 @@ def read_input_rows(path: Path, task: str | None, clue: bool = False) -> list[In
         raise UserError(
             f"{path}: a JSON array; expected one object per line. Convert it: jq -c '.[]' {path}"
         )
+
+    def read_file(name: str) -> bytes:
+        return read_file_bytes(path.parent / name)
+
     rows = [
-        parse_input_line(
-            str(path), number, line, lambda name: read_file_bytes(path.parent / name), task, clue
-        )
+        parse_input_line(str(path), number, line, read_file, task, clue, fields)
         # Not splitlines(): on text it would also split at U+2028, which JSON strings may contain.
         for number, line in enumerate(data.split(b"\n"), 1)
         if line.strip()
@@ -424,7 +553,10 @@ def check_usable_rows(rejected: Sequence[InputRow], count: int) -> None:
 
 
 def report_rejected(
-    rejected: Sequence[InputRow], answered: Sequence[InputRow], remedy: str
+    rejected: Sequence[InputRow],
+    answered: Sequence[InputRow],
+    remedy: str,
+    count: int | None = None,
 ) -> None:
     """Warn about rejected rows with their reasons, and about rows with empty texts.
 
@@ -432,6 +564,7 @@ def report_rejected(
         rejected: the unusable rows.
         answered: rows with a prediction.
         remedy: where all of them are listed, if they are too many for warnings.
+        count: number of unusable rows, if ``rejected`` has only the first ones.
     """
     lines = [f"{row.where}: {row.reason}; row skipped" for row in rejected]
     lines += [
@@ -442,5 +575,6 @@ def report_rejected(
     # A wrong encoding rejects every row; thousands of warnings would hide the first one.
     for line in lines[:MAX_REPORTED]:
         console.print_warning(line)
-    if len(lines) > MAX_REPORTED:
-        console.print_warning(f"{len(lines) - MAX_REPORTED} more rows with problems; {remedy}")
+    more = len(lines) + max(0, (count or 0) - len(rejected)) - MAX_REPORTED
+    if more > 0:
+        console.print_warning(f"{more} more rows with problems; {remedy}")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pipelines.serving.bundle import read_predictor
-from pipelines.serving.inputs import find_suffix_modality, make_item
+from pipelines.serving.inputs import InputFields, find_suffix_modality, make_item
 from pipelines.serving.predictor import (
     DEFAULT_TOP,
     TaskPrediction,
@@ -118,6 +118,36 @@ class ModelProcessor:
                 of their inputs, an input is damaged, or a text may be the name of a file.
         """
         return self._predict(inputs, task, "labels", top)
+
+    def predict(
+        self,
+        rows: Any,
+        task: str | None = None,
+        top: int | None = None,
+        embeddings: bool = False,
+        text_column: str | None = None,
+        file_column: str | None = None,
+    ) -> Any:
+        """Return a table with the columns of its rows and of their predictions.
+
+        Args:
+            rows: a data frame, an Arrow table or a list of mappings.
+            task: for rows that do not name one.
+            top: number of alternatives; None leaves them out.
+            embeddings: whether answers have the vector of their row, too.
+            text_column: column of the text; None takes a common name.
+            file_column: column of the file or the media; None takes a common name.
+
+        Raises:
+            UserError: the rows are no table, or none of them is usable.
+        """
+        # Tables of files need pyarrow, which single inputs do not.
+        from pipelines.serving.memory_tables import predict_memory_table
+
+        # The model may have moved to another device since the last call.
+        self._predictor.runner = InferenceRunner(self.model)
+        fields = InputFields(text_column, file_column)
+        return predict_memory_table(self._predictor, rows, task, top, embeddings, fields)
 
     def transcribe(self, recordings: Sequence[Any], task: str | None = None) -> list[str]:
         """Return the transcripts of recordings.

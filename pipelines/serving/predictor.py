@@ -117,9 +117,14 @@ class RowAnswers:
     answered: list[tuple[InputRow, TaskPrediction]]
     rejected: list[InputRow]
 
-    def list_documents(self) -> list[dict[str, Any]]:
-        """Return the predictions as plain values, with the place of their rows."""
-        return [row.place | to_document(prediction) for row, prediction in self.answered]
+    def list_documents(self, layout: "AnswerLayout | None" = None) -> list[dict[str, Any]]:
+        """Return the predictions as plain values, with the place of their rows.
+
+        Args:
+            layout: what is kept; None keeps all.
+        """
+        layout = layout or AnswerLayout(has_embeddings=True)
+        return [row.place | layout.format(prediction) for row, prediction in self.answered]
 
     def list_reasons(self) -> list[dict[str, Any]]:
         """Return the rejected rows as plain values."""
@@ -464,21 +469,36 @@ class TaskPredictor:
         return head.answer(predictions, self.tasks[task]["names"], top)
 
 
-def to_document(prediction: TaskPrediction, top: int | None = None) -> dict[str, Any]:
-    """Return a prediction as plain values for JSON.
+@dataclass(frozen=True)
+class AnswerLayout:
+    """Fields that a prediction has as plain values: an answer is short unless more is asked for.
 
     Args:
-        prediction: answer for an input.
-        top: alternatives to keep; None keeps all.
+        top: alternatives that are kept; 0 leaves them out, and None keeps all.
+        has_embeddings: whether a prediction with an answer has its embedding, too.
     """
-    values = vars(prediction).copy()
-    values["alternatives"] = [
-        {"answer": name, "score": score} for name, score in prediction.alternatives[:top]
-    ]
-    if not prediction.answer:
-        # The score of an embedding is NaN, which JSON does not have.
-        values["score"] = None
-    return values
+
+    top: int | None = None
+    has_embeddings: bool = False
+
+    def format(self, prediction: TaskPrediction) -> dict[str, Any]:
+        """Return a prediction as plain values for JSON.
+
+        Args:
+            prediction: answer for an input.
+        """
+        values = vars(prediction).copy()
+        alternatives = prediction.alternatives[: self.top]
+        values["alternatives"] = [{"answer": name, "score": score} for name, score in alternatives]
+        if self.top == 0:
+            del values["alternatives"]
+        # A vector is several times as long as the rest of an answer.
+        if not self.has_embeddings and (prediction.answer or not prediction.embedding):
+            del values["embedding"]
+        if not prediction.answer:
+            # The score of an embedding is NaN, which JSON does not have.
+            values["score"] = None
+        return values
 
 
 def find_towers(

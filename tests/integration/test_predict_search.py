@@ -41,6 +41,8 @@ def test_a_registered_model_needs_no_corpora_and_a_checkpoint_does(
     words = ["--text", "法律概论", str(tmp_path / "a.py"), "--top", "3"]
     away = place.data.rename(place.data.with_name("away"))
     try:
+        lean = run(words, capsys)
+        words += ["--embeddings", "true"]
         registered = run(words, capsys)
         assert predict.main(words) == 0
         assert "text_classification" in capsys.readouterr().out
@@ -48,6 +50,8 @@ def test_a_registered_model_needs_no_corpora_and_a_checkpoint_does(
         away.rename(place.data)
     assert [each["task"] for each in registered] == ["text_classification", "text_to_code"]
     assert registered[0]["answer"] in SUBJECTS
+    assert lean[1] == {name: registered[1][name] for name in lean[1]}
+    assert registered[1].keys() - lean[1].keys() == {"embedding"}
     assert np.linalg.norm(registered[1]["embedding"]) == pytest.approx(1, abs=1e-3)
     assert run([*words, "--model", str(place.saved)], capsys) == registered
     assert predict.main([*words, "--model", str(place.saved), "--data", str(tmp_path)]) == 2

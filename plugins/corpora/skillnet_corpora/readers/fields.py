@@ -32,16 +32,12 @@ from pipelines.data.corpora.readers.row_builders import (
     normalize_transcript,
     val_or_test,
 )
+from pipelines.data.io.field_names import fold_name
 from pipelines.data.io.media import MediaRef
 from pipelines.data.transforms.code import first_paragraph
 from skillnet.modality import BUILT_IN_MODALITIES, CAPTION_MODALITY, find_modality, list_modalities
 from skillnet_corpora.readers.joined_captions import ITEM_FIELD, join_captions
-from skillnet_corpora.readers.schema_sample import (
-    SchemaSample,
-    fold_name,
-    is_empty_value,
-    is_minus_one,
-)
+from skillnet_corpora.readers.schema_sample import SchemaSample, is_empty_value, is_minus_one
 from skillnet_platform import console
 from skillnet_platform.errors import UserError, suggest_name
 

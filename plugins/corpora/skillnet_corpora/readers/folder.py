@@ -30,6 +30,7 @@ from pipelines.data.io.directory import (
     digest_listing,
     to_printable,
 )
+from pipelines.data.io.field_names import FILE_FIELDS, fold_name
 from pipelines.data.io.key_set import KeySet
 from pipelines.data.io.media import MediaRef
 from skillnet.modality import find_modality, is_media_modality
@@ -39,7 +40,6 @@ from skillnet_corpora.readers.fields import (
     RecordCorpus,
     RecordOptions,
     file_extension,
-    fold_name,
     match_field,
     parse_split_name,
     read_field,
@@ -48,7 +48,6 @@ from skillnet_corpora.readers.hub_repository import CARD, SeveralConfigurationsE
 from skillnet_corpora.readers.joined_captions import ITEM_FIELD
 from skillnet_corpora.readers.media_names import MediaNames, ask_for_media
 from skillnet_corpora.readers.metadata_tables import (
-    FILE_FIELDS,
     METADATA_NAMES,
     ROW_SUFFIXES,
     CocoTable,

@@ -32,6 +32,7 @@ from pipelines.data.corpora.formats.record_reader import (
     read_records,
 )
 from pipelines.data.io.directory import DAMAGE_ERRORS, SourceDirectory
+from pipelines.data.io.field_names import FILE_FIELDS, fold_name
 from pipelines.data.modalities.text import TextFiles
 from skillnet.modality import find_modality, is_media_modality
 from skillnet_corpora.readers.class_names import (
@@ -44,7 +45,6 @@ from skillnet_corpora.readers.fields import (
     LABEL_FIELDS,
     MODALITY_OF_EXTENSION,
     file_extension,
-    fold_name,
     parse_split_name,
     read_field,
 )
@@ -73,9 +73,6 @@ METADATA_NAMES = tuple(
     for compression in ("", ".gz")
     if not (suffix == ".parquet" and compression)
 )
-FILE_FIELDS = (
-    "file_name", "file", "filename", "path", "audio", "image", "video", "wav", "image_name",
-)  # fmt: skip
 ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".csv", ".csv.gz", ".tsv", ".parquet")
 #: Files of COCO and Flickr. A corpus can hold several of Flickr; the first one is read.
 _COCO_NAME = re.compile(r"captions_(\w+)\.json")

@@ -8,6 +8,8 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+from pipelines.data.io.field_names import fold_name
+
 #: Rows of a file, or members of a tar, that are sampled.
 SAMPLE_ROWS = 1000
 #: Words of a sentence, and characters in which they are counted.
@@ -78,11 +80,6 @@ class SchemaSample:
         if field in self._other[split]:
             return True
         return field in self._minus_one[split] and field in self._minus_one["train"]
-
-
-def fold_name(name: str) -> str:
-    """Return the name of a field without surrounding blanks, in small letters."""
-    return name.strip().casefold()
 
 
 def is_sentence(text: str) -> bool:

@@ -17,7 +17,7 @@ import torch
 from pipelines.data.transforms.decode_guard import WorkBudget
 from pipelines.serving import bundle
 from pipelines.serving.inputs import find_item_modality, named_errors, printable_name
-from pipelines.serving.predictor import ReadInput, RowAnswers, TaskPredictor, to_document
+from pipelines.serving.predictor import AnswerLayout, ReadInput, RowAnswers, TaskPredictor
 from pipelines.training.evaluation.tables import sort_rows
 from pipelines.training.runs.bundle_manifest import MANIFEST
 from pipelines.training.runs.model_source import resolve_model
@@ -281,10 +281,9 @@ class ServedModel:
             return [{"error": str(error)} for _ in requests]
         for index, prediction in predictions:
             number, read = owners[index]
-            document = to_document(prediction, requests[number].top)
-            # A vector is several times as long as the rest of an answer.
-            if prediction.answer and not requests[number].has_embeddings:
-                del document["embedding"]
+            document = AnswerLayout(requests[number].top, requests[number].has_embeddings).format(
+                prediction
+            )
             answers[number]["predictions"].append({"row": read.row, **document})
         return answers
 

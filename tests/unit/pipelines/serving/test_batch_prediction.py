@@ -188,6 +188,7 @@ def test_media_files_are_rows_and_bad_ones_are_rejected(served, tmp_path):
     (folder / "rows.jsonl").write_text('{"file": "a.py"}\n{"file": "none.py"}\n')
     request = BatchRequest(**served, output=str(tmp_path / "out"))
     words = ["--input", str(folder), "--output", str(tmp_path / "out"), "--json"]
+    words += ["--embeddings", "true"]
     words += ["--model", served["model"], "--data", served["data"]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batch_prediction, "_run", run_here)

@@ -18,7 +18,7 @@ from pipelines import predict
 from pipelines.data.shards.dataset import CorpusSplit, open_corpus
 from pipelines.serving import bundle
 from pipelines.serving.inputs import PredictionItem
-from pipelines.serving.predictor import TaskPrediction, to_document
+from pipelines.serving.predictor import AnswerLayout, TaskPrediction
 from pipelines.training.runs import model_source
 from pipelines.training.runs.bundle_manifest import read_bundle_manifest, write_sealed
 from skillnet import SkillNet
@@ -252,7 +252,7 @@ def requests() -> list[list[PredictionItem]]:
 
 def as_documents(predictions: list[TaskPrediction]) -> list[dict[str, Any]]:
     """Return predictions as plain values: the score of an embedding is NaN, and so never equal."""
-    return [to_document(each) for each in predictions]
+    return [AnswerLayout(has_embeddings=True).format(each) for each in predictions]
 
 
 def test_concurrent_predictions_equal_those_one_by_one(place: ServedPlace) -> None:

@@ -55,8 +55,11 @@ FILES: dict[str, Callable[[], bytes]] = {
     "gbk.txt": lambda: "历史".encode("gbk"),
 }
 COMMAND, FILE, BLOCKS, HTTP, MLFLOW, PYTHON = "command file blocks http mlflow python".split()  # noqa: SIM905
+CSV, PARQUET, LIST = "csv", "parquet", "list"
 #: Entries of rows, which may hold anything; a command line and Python have no such row.
-ROWS = (FILE, BLOCKS, HTTP, MLFLOW)
+ROWS = (FILE, BLOCKS, HTTP, MLFLOW, LIST)
+#: Entries of tables, whose columns have one kind of values.
+TABLES = (CSV, PARQUET)
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Request:
     row: Any
     expected: str
     method: str | None = None
-    entries: tuple[str, ...] = (COMMAND, *ROWS)
+    entries: tuple[str, ...] = (COMMAND, *ROWS, *TABLES)
 
 
 TEXT, IMAGE, CLIP, *_, RETRIEVAL = TASKS
@@ -104,7 +107,9 @@ REQUESTS = {
         {"file": "a.png", "task": "speech_recognition"},
         "speech_recognition reads sound, this is image",
     ),
-    "both": Request({"text": "x", "file": "a.png"}, 'expected {"text": …} or {"f', None, ROWS),
+    "both": Request(
+        {"text": "x", "file": "a.png"}, 'expected {"text": …} or {"f', None, (*ROWS, *TABLES)
+    ),
     "neither": Request({"task": TEXT}, 'expected {"text": …} or {"file": …}', None, ROWS),
     "no object": Request(7, 'expected {"text": …} or {"file": …}', None, (FILE, BLOCKS, HTTP)),
     "number": Request({"text": 3}, "text must be a string", None, ROWS),
@@ -157,7 +162,8 @@ def ask_file(place: EntryPlace, names: list[str], top: int) -> dict[str, Outcome
     rows, out = place.folder / "rows.jsonl", place.folder / "out.jsonl"
     rows.write_text("\n".join(json.dumps(REQUESTS[each].row) for each in names), encoding="utf-8")
     words = ["--input", str(rows), "--output", str(out), "--model", place.model]
-    predict.main([*words, "--top", str(top)])
+    out.unlink(missing_ok=True)
+    predict.main([*words, "--top", str(top), "--embeddings", "true"])
     found = [(each["line"] - 1, each) for each in read_lines(out)]
     rejected = read_lines(out.with_name("out.rejected.jsonl"))
     return sort_out(names, found, [(each["line"] - 1, each["reason"]) for each in rejected])
@@ -166,7 +172,8 @@ def ask_file(place: EntryPlace, names: list[str], top: int) -> dict[str, Outcome
 def ask_blocks(place: EntryPlace, names: list[str], top: int) -> dict[str, Outcome]:
     rows, out = place.folder / "rows.jsonl", place.folder / "parts"
     rows.write_text("\n".join(json.dumps(REQUESTS[each].row) for each in names), encoding="utf-8")
-    worker = BlockPredictor(BatchRequest(place.model, None, str(out), top=top))
+    request = BatchRequest(place.model, None, str(out), top=top, has_embeddings=True)
+    worker = BlockPredictor(request)
     lines: list[Any] = []
     for block in plan_blocks(rows, 3).blocks:
         part = out / f"{worker.commit_block(block)['part']}.jsonl"
@@ -175,6 +182,39 @@ def ask_blocks(place: EntryPlace, names: list[str], top: int) -> dict[str, Outco
     found = [(each["line"] - 1, each) for each in lines if "reason" not in each]
     rejected = [(each["line"] - 1, each["reason"]) for each in lines if "reason" in each]
     return sort_out(names, found, rejected)
+
+
+def ask_table(place: EntryPlace, names: list[str], top: int, kind: str) -> dict[str, Outcome]:
+    """Ask with a table of another format than JSON lines, in which all rows have all columns."""
+    rows, out = place.folder / f"rows.{kind}", place.folder / f"out.{kind}"
+    columns = ("text", "file", "task")
+    frame = pd.DataFrame([{n: REQUESTS[name].row.get(n) for n in columns} for name in names])
+    frame.to_csv(rows, index=False) if kind == CSV else frame.to_parquet(rows)
+    words = ["--input", str(rows), "--output", str(out), "--model", place.model]
+    predict.main([*words, "--top", str(top), "--embeddings", "true", "--block_rows", "5"])
+    read = pd.read_csv(out, keep_default_na=False) if kind == CSV else pd.read_parquet(out)
+    documents = read.to_dict("records")
+    first = 2 if kind == CSV else 1
+    for each in documents:
+        for key in ("alternatives", "embedding"):
+            value = each.pop(key)
+            value = json.loads(value or "[]") if kind == CSV else value
+            each[key] = [] if value is None else [*value]
+        each["score"] = float(each["score"]) if each["answer"] else None
+    found = [(each["line"] - first, each) for each in documents]
+    rejected = read_lines(place.folder / "out.rejected.jsonl")
+    return sort_out(names, found, [(each["line"] - first, each["reason"]) for each in rejected])
+
+
+def ask_list(place: EntryPlace, model: SkillNet, name: str, top: int) -> Outcome:
+    row = REQUESTS[name].row
+    if isinstance(row, dict) and "file" in row:
+        row = row | {"file": str(place.folder / row["file"])}
+    try:
+        found = model.predict([row], top=top, embeddings=True)
+    except ValueError as error:
+        return str(error).removeprefix("row 0: ")
+    return [dict(each) for each in found]
 
 
 def ask_command(place: EntryPlace, name: str, top: int) -> Outcome:
@@ -237,6 +277,9 @@ def entries(place: ServedPlace, tmp_path_factory: pytest.TempPathFactory) -> Ent
         for entry, ask in ((FILE, ask_file), (BLOCKS, ask_blocks)):
             made.joined[entry] = ask(made, rows, 3)
         made.outcomes[FILE] = made.joined[FILE]
+        for kind in TABLES:
+            asked = [name for name, each in REQUESTS.items() if kind in each.entries]
+            made.outcomes[kind] = ask_table(made, asked, 3, kind)
         made.outcomes[BLOCKS] = {name: ask_blocks(made, [name], 3)[name] for name in rows[::4]}
         asked = [name for name, each in REQUESTS.items() if COMMAND in each.entries]
         made.outcomes[COMMAND] = {name: ask_command(made, name, 3) for name in asked}
@@ -245,6 +288,8 @@ def entries(place: ServedPlace, tmp_path_factory: pytest.TempPathFactory) -> Ent
         model = SkillNet.from_pretrained(made.model)
         asked = [name for name, each in REQUESTS.items() if each.method]
         made.outcomes[PYTHON] = {name: ask_python(made, model, name, 3) for name in asked}
+        asked = [name for name, each in REQUESTS.items() if LIST in each.entries]
+        made.outcomes[LIST] = {name: ask_list(made, model, name, 3) for name in asked}
         limits = ServerLimits(max_bytes=10**7, max_rows=99, max_requests=9, timeout_s=60.0)
         with run_service(ServedModel(ServeConfig(made.model, search=False)), limits) as http:
             sent = [made.encoded(REQUESTS[name].row) for name in rows]
