@@ -133,5 +133,5 @@ def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
         raise ModuleNotFoundError("No module named 'wandb'", name="wandb")
 
     monkeypatch.setattr(type(find_entries(LOGGERS)["wandb"]), "load", fail)
-    with pytest.raises(UserError, match=r"tracking.loggers: .*skillnet-platform\[wandb\]"):
+    with pytest.raises(UserError, match=r"tracking.loggers: .*Install the extra wandb: "):
         find_observers(LOGGERS, ["wandb"], "tracking.loggers")

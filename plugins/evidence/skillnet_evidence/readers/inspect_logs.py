@@ -136,8 +136,8 @@ def _read_member(archive: zipfile.ZipFile, path: Path, name: str) -> bytes:
         import pyarrow as pa
     except ModuleNotFoundError:
         raise EvidenceError(
-            f"{path}: archives of inspect are packed by Zstandard, which needs pyarrow; pip "
-            "install 'skillnet-evidence[parquet]'"
+            f"{path}: archives of inspect are packed by Zstandard, which needs pyarrow; in "
+            "a clone, pip install './plugins/evidence[parquet]'"
         ) from None
     # Python's zipfile does not know Zstandard: the packed bytes follow the member's own header.
     with path.open("rb") as file:
