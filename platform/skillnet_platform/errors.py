@@ -53,6 +53,17 @@ def first_line(error: BaseException, longest: int = 200) -> str:
     return redact_secrets(next(stated, type(error).__name__))[:longest]
 
 
+def list_hub_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions of a request to the Hugging Face Hub, lost connections included.
+
+    The client of ``huggingface_hub`` depends on its version, and a connection error of httpx is no
+    OSError, so the common class is taken from that of the answers.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    return HFValidationError, OSError, HfHubHTTPError.__bases__[0]
+
+
 def find_raising_package(error: BaseException) -> str:
     """Return the top package of the frame that raised; "" without a traceback."""
     frame = error.__traceback__

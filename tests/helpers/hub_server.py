@@ -1,4 +1,4 @@
-"""Server with the HTTP interface of the Hugging Face Hub for models: create, commit, download."""
+"""Server with the HTTP interface of the Hugging Face Hub: create, commit, list, download."""
 
 import base64
 import hashlib
@@ -16,8 +16,9 @@ class HubServer(ThreadingHTTPServer):
     """Hub in memory.
 
     Its ``repositories`` are name -> file -> content, and ``requests`` the lines of all requests.
-    The files of a further revision are those of the name ``owner/name@revision``. ``sent`` has the
-    bytes of each answer with content of a file.
+    The files of a further revision are those of the name ``owner/name@revision``. A data set has
+    the name ``datasets/owner/name``. ``sent`` has the bytes of each answer with content of a file.
+    Repositories in ``private`` need the token ``hf_test``.
     """
 
     def __init__(self) -> None:
@@ -25,6 +26,7 @@ class HubServer(ThreadingHTTPServer):
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.requests: list[str] = []
         self.sent: list[int] = []
+        self.private: set[str] = set()
 
     @property
     def url(self) -> str:
@@ -57,6 +59,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer({"url": f"{self.server.url}/{name}"})
         elif path == "/api/validate-yaml":
             self._answer({"errors": [], "warnings": []})
+        elif "/paths-info/" in path:
+            name, revision, _ = _parse_api(path)
+            wanted = json.loads(body)["paths"]
+            listed = _list_tree(self._files(name, revision) or {}, "", True)
+            self._answer([each for each in listed if each["path"] in wanted])
         elif "/preupload/" in path:
             files = [
                 {"path": each["path"], "uploadMode": "regular", "shouldIgnore": False}
@@ -75,20 +82,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self._path()
-        if path.startswith("/api/models/"):
-            name, rest = "/".join(path.split("/")[3:5]), path.split("/")[5:]
-            revision = rest[1] if len(rest) > 1 else "main"
+        if path.startswith(("/api/models/", "/api/datasets/")):
+            name, revision, folder = _parse_api(path)
             files = self._files(name, revision)
             if files is None:
-                code = "RevisionNotFound" if name in self.server.repositories else "RepoNotFound"
+                is_known = name in self.server.repositories and self._is_allowed(name)
+                code = "RevisionNotFound" if is_known else "RepoNotFound"
                 self._answer({"error": "Not found"}, 404, code)
             elif "/tree/" in path:
-                self._answer(
-                    [
-                        {"type": "file", "path": file, "size": len(data), "oid": _digest(data)}
-                        for file, data in files.items()
-                    ]
-                )
+                listed = _list_tree(files, folder, "recursive=true" in self.path.lower())
+                if listed or not folder:
+                    self._answer(listed)
+                else:
+                    self._answer({"error": "Not found"}, 404, "EntryNotFound")
             else:
                 siblings = [{"rfilename": file} for file in files]
                 self._answer({"id": name, "sha": self._commit(revision), "siblings": siblings})
@@ -114,8 +120,14 @@ class _Handler(BaseHTTPRequestHandler):
     def _commit(self, revision: str) -> str:
         return self.COMMIT if revision in ("main", self.COMMIT) else _digest(revision.encode())
 
+    def _is_allowed(self, name: str) -> bool:
+        is_open = name not in self.server.private
+        return is_open or self.headers.get("Authorization") == "Bearer hf_test"
+
     def _files(self, name: str, revision: str) -> dict[str, bytes] | None:
         known = self.server.repositories
+        if not self._is_allowed(name):
+            return None
         if revision in ("main", self.COMMIT):
             return known.get(name)
         tagged = {
@@ -143,6 +155,31 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def log_message(self, format: str, *args: Any) -> None: ...
+
+
+def _parse_api(path: str) -> tuple[str, str, str]:
+    """Return (repository, revision, path in it) of a request about a repository."""
+    kind, *parts = path.removeprefix("/api/").split("/")
+    prefix = "" if kind == "models" else f"{kind}/"
+    revision = parts[3] if len(parts) > 3 else "main"
+    return f"{prefix}{parts[0]}/{parts[1]}", revision, "/".join(parts[4:])
+
+
+def _list_tree(files: dict[str, bytes], folder: str, is_deep: bool) -> list[dict[str, Any]]:
+    """Return the files and folders in a folder, or all below it."""
+    found: dict[str, dict[str, Any]] = {}
+    start = f"{folder}/" if folder else ""
+    for file, data in files.items():
+        inside = file.removeprefix(start)
+        if not file.startswith(start):
+            continue
+        parts = inside.split("/")
+        for depth in range(1, len(parts) if is_deep else min(len(parts), 2)):
+            path = start + "/".join(parts[:depth])
+            found[path] = {"type": "directory", "path": path, "size": 0, "oid": "d" * 40}
+        if is_deep or len(parts) == 1:
+            found[file] = {"type": "file", "path": file, "size": len(data), "oid": _digest(data)}
+    return [*found.values()]
 
 
 def _digest(data: bytes) -> str:

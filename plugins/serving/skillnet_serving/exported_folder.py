@@ -25,7 +25,7 @@ from pipelines.training.runs.model_source import ModelSource
 from skillnet.multitask_model import TaskModel
 from skillnet.serialization import write_model
 from skillnet_evidence.cells import markdown_table
-from skillnet_platform.errors import UserError
+from skillnet_platform.errors import UserError, list_hub_errors
 from skillnet_platform.storage import staging_directory
 
 CARD_FILE = "README.md"
@@ -193,16 +193,14 @@ def push_folder(folder: Path, repository: str, **options: Any) -> str:
     Raises:
         UserError: the folder is no export, or the Hub refuses it.
     """
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
     if not is_bundle(folder):
         raise UserError(f"{folder}: no exported model. Write one: skillnet export --to hf")
     exported = ExportedFolder()
     exported.folder = folder
     try:
         return str(exported.push_to_hub(repository, **options))
-    # Connection errors are OSErrors. The text of an HTTP error may hold the request's URL only.
-    except (HFValidationError, HfHubHTTPError, OSError) as error:
+    # The text of an HTTP error may hold the request's URL only.
+    except list_hub_errors() as error:
         raise UserError(
             f"{repository}: the Hub refuses the upload ({type(error).__name__}). Check the name, "
             "the connection and HF_TOKEN"

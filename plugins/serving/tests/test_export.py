@@ -17,6 +17,7 @@ from pipelines.serving import bundle
 from skillnet import SkillNet, systems
 from skillnet_platform.errors import UserError
 from skillnet_serving import export as command
+from skillnet_serving.exported_folder import push_folder
 from skillnet_serving.model_export import GRAPH_MANIFEST, NEEDED, export_bundle
 from tests.helpers.hub_server import serve_hub
 from tests.helpers.processes import run_python
@@ -151,6 +152,15 @@ def test_one_task_of_a_pushed_model_is_downloaded_alone(made: ExportPlace, tmp_p
     assert "skill-code" not in files
     assert "captions-text_to_code" not in files
     assert message.startswith("owner/absent: no folder of this name")
+
+
+def test_a_hub_that_does_not_answer_is_one_sentence(
+    made: ExportPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(UserError, match="owner/new: the Hub refuses the upload"):
+        push_folder(made.bundle, "owner/new")
 
 
 @pytest.mark.parametrize(
