@@ -206,7 +206,7 @@ def test_a_modality_goes_from_files_to_predictions(
     with pytest.raises(ValueError, match=r"input 0: a table of \(3, 1\), expected \(steps, 2\)"):
         again.encode_inputs("series", [np.zeros((3, 1))])
     capsys.readouterr()
-    assert predict.main([str(file), "--model", str(folder), "--json"]) == 0
+    assert predict.main([str(file), "--model", str(folder), "--json", "--embeddings", "true"]) == 0
     (answer,) = json.loads(capsys.readouterr().out)
     np.testing.assert_allclose(answer["embedding"], vectors[0], rtol=1e-5)
     assert predict.main([str(waves / "words.csv"), "--model", str(folder)]) == 2

@@ -205,7 +205,7 @@ class TrainingConfig:
     workers: WorkerCount = 1
     min_workers: WorkerCount | None = None
     resize_interval_s: PositiveAmount = fixed_field(60.0)
-    threads_per_worker: ProcessCount = 0
+    threads_per_worker: ProcessCount = fixed_field(0)
     dataloader_num_workers: ProcessCount = 0
     use_gpu: bool = False
     placement_strategy: Literal["pack", "spread", "strict_spread"] = "pack"
@@ -221,11 +221,11 @@ class TrainingConfig:
     patience: PositiveCount | None = None
     log_every: PositiveCount = 20
     max_failures: NonNegativeCount = 1
-    collective_timeout_s: PositiveAmount = 1800.0
+    collective_timeout_s: PositiveAmount = fixed_field(1800.0)
     trainable: list[str] = field(default_factory=list)
     augment: AugmentationName = "default"
     masking: MaskingName = "default"
-    shuffle_gb: PositiveAmount = 4.0
+    shuffle_gb: PositiveAmount = fixed_field(4.0)
     shard_groups: Annotated[int, Interval(ge=1, le=100_000)] | None = fixed_field(None)
     callbacks: list[str] = field(default_factory=list)
 

@@ -24,6 +24,7 @@ FOREIGN = {
     "--output_path": "lm-eval",
     "--no-log-samples": "inspect",
     "--no-restart": "ray up",
+    "--build-arg": "docker build",
     "--signal": "sbatch",
     "--sort": "tar",
     "--sparse": "tar",
