@@ -176,7 +176,16 @@ SOURCE_FOLDERS = (
     "platform",
     *(
         f"plugins/{name}"
-        for name in ("cluster", "corpora", "evidence", "hf", "planning", "serving", "studies")
+        for name in (
+            "cluster",
+            "corpora",
+            "evidence",
+            "hf",
+            "loggers",
+            "planning",
+            "serving",
+            "studies",
+        )
     ),
 )
 #: How long :func:`run_job` waits for its answer: as doctor for its slowest node, and a start.

@@ -19,6 +19,7 @@ import torch
 from sentence_transformers.base.modality import infer_modality
 from sentence_transformers.base.modules import InputModule
 
+from skillnet.modality import find_modality
 from skillnet.multitask_model import TaskModel
 from skillnet.raw_inputs import find_model_folder
 from skillnet.skills import Task, find_task
@@ -26,8 +27,8 @@ from skillnet.systems import load_model
 from skillnet_platform.errors import UserError
 from skillnet_serving.exported_folder import save_described_model
 
-#: Modality here -> in Sentence Transformers, whose texts may be code.
-THEIR_NAMES = {"sound": "audio", "code": "text"}
+#: Modality of media here -> in Sentence Transformers. Its texts may be code.
+THEIR_NAMES = {"sound": "audio"}
 #: Kind of an ``encode_query`` or ``encode_document`` there -> tower.
 TOWER_OF_KIND = {"query": "query", "document": "candidate"}
 
@@ -73,16 +74,15 @@ class SkillNetModule(InputModule):
         Raises:
             UserError: no tower of the task reads such inputs.
         """
-        kind = infer_modality(inputs[0], self.modalities) if inputs else "text"
+        kind = infer_modality(inputs[0], self.modalities) if inputs else self.modalities[0]
         towers = [t for t in self._spec.towers if _name_modality(self._spec, t) == kind]
         wanted = TOWER_OF_KIND.get(str(kwargs.get("task")))
         if not towers:
             raise UserError(f"{self.task} reads {', '.join(self.modalities)}, not {kind}")
         tower = wanted if wanted in towers else towers[0]
-        values = [_read_input(value, kind) for value in inputs]
-        if prompt and kind == "text":
-            values = [f"{prompt}{value}" for value in values]
-        return {"raw": values, "tower": tower}
+        if find_modality(self._spec.towers[tower].modality).reads_tokens:
+            return {"raw": [f"{prompt or ''}{value}" for value in inputs], "tower": tower}
+        return {"raw": [_read_medium(value) for value in inputs], "tower": tower}
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Return the features with the vectors of the inputs.
@@ -152,17 +152,15 @@ class SkillNetModule(InputModule):
 
 
 def _name_modality(spec: Task, tower: str) -> str:
-    modality = spec.towers[tower].modality
-    return THEIR_NAMES.get(modality, modality)
+    name = spec.towers[tower].modality
+    return "text" if find_modality(name).reads_tokens else THEIR_NAMES.get(name, name)
 
 
-def _read_input(value: Any, kind: Any) -> Any:
-    """Return an input of Sentence Transformers as ``SkillNet`` reads it."""
-    if kind == "text":
-        return value
+def _read_medium(value: Any) -> Any:
+    """Return a medium of Sentence Transformers as ``SkillNet`` reads it."""
     if isinstance(value, Mapping):
         array = np.asarray(value["array"])
-        return (array, int(value["sampling_rate"])) if kind == "audio" else array
+        return (array, int(value["sampling_rate"])) if "sampling_rate" in value else array
     if isinstance(value, torch.Tensor):
         return value.numpy()
     return Path(value) if isinstance(value, str) else value
