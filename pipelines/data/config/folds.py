@@ -1,7 +1,7 @@
 """Configuration of rotating folds and the reserve; ``pipelines.data.shards.folds`` applies it."""
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Annotated
 
@@ -41,7 +41,7 @@ class FoldConfig:
     number: Annotated[int, Interval(ge=0, le=99)] = 0
     validation_share: Annotated[float, Interval(gt=0, le=0.5)] = 0.1
     reserve_part: bool = fixed_field(False)
-    reserve_units: dict[str, list[str]] = field(default_factory=dict)
+    reserve_units: dict[str, list[str]] = fixed_field(dict)
 
     def __post_init__(self) -> None:
         require_bounds(self, "fold.")

@@ -110,7 +110,7 @@ class TaskTraining:
     metric: str | None = None
     label_fraction: Annotated[float, Interval(gt=0, le=1)] = 1.0
     first_caption_prob: UnitFraction = 0.0
-    auxiliary: bool = False
+    auxiliary: bool = fixed_field(False)
     views: bool = False
     eval_only: bool = fixed_field(False)
 
@@ -205,7 +205,7 @@ class TrainingConfig:
     workers: WorkerCount = 1
     min_workers: WorkerCount | None = None
     resize_interval_s: PositiveAmount = fixed_field(60.0)
-    threads_per_worker: ProcessCount = fixed_field(0)
+    threads_per_worker: ProcessCount = 0
     dataloader_num_workers: ProcessCount = 0
     use_gpu: bool = False
     placement_strategy: Literal["pack", "spread", "strict_spread"] = "pack"

@@ -50,7 +50,13 @@ def choices_field(default_factory: Callable[[], Any], chosen_by: str) -> Any:
 
 
 def fixed_field(default: Any) -> Any:
-    """Return a field that code sets: it is stored and read back, and is no option."""
+    """Return a field that only files and code set: it is stored and read back, and is no option.
+
+    Args:
+        default: value, or the class of an empty one.
+    """
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata={FIXED: True})
     return dataclasses.field(default=default, metadata={FIXED: True})
 
 
