@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from skillnet.serialization import read_tensor_shapes
+from skillnet_platform.errors import list_hub_errors
 
 #: Bytes of a configuration. That of a model with 21,000 named classes takes 1 MB.
 MAX_JSON_BYTES = 16 * 2**20
@@ -28,12 +29,11 @@ def find_checkpoint(given: str, download: bool) -> Path:
     folder = Path(given).expanduser()
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
         kinds = ["*.json", "*.safetensors"]
         try:
             found = snapshot_download(given, allow_patterns=kinds, local_files_only=not download)
-        except (HFValidationError, HfHubHTTPError, OSError) as error:
+        except list_hub_errors() as error:
             remedy = "" if download else "; options.download true fetches it"
             raise ValueError(
                 f"the checkpoint {given!r} is neither a folder nor in the cache of the Hugging "
