@@ -62,6 +62,8 @@ _NO_BUCKET = re.compile(
 _CLIENT_PACKAGES = (
     *("botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec"),
     *("gcsfs", "google", "adlfs", "azure"),
+    # The client of the Hub has one of the two, which depends on its version.
+    *("huggingface_hub", "httpx", "httpx2"),
 )
 # Names of credential errors: the client may not be installed.
 _CREDENTIALS = {
@@ -153,11 +155,12 @@ def is_transient(error: BaseException) -> bool:
     # Some clients raise it as an OSError, which would count as transient below.
     if _is_about_credentials(error):
         return False
-    if isinstance(error, OSError):
+    status = _status(error)
+    # The Hub's answers are OSErrors with a status.
+    if isinstance(error, OSError) and status is None:
         return error.errno not in _REFUSED
     if isinstance(error, ValueError):
         return False
-    status = _status(error)
     if status is not None:
         # 408 and 429 mean timeout and too many requests: both pass without a change.
         return status >= 500 or status in (408, 429)
@@ -233,6 +236,8 @@ def _credentials_hint(scheme: str) -> str:
             "Set GOOGLE_APPLICATION_CREDENTIALS to the key file of an account that may read and "
             "write there, or run: gcloud auth application-default login"
         )
+    if scheme == "hf":
+        return "Set HF_TOKEN to a token that reads it"
     return "Give this machine credentials that may read and write there"
 
 

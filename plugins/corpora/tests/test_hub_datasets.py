@@ -9,15 +9,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from huggingface_hub import HfFileSystem, constants
+from huggingface_hub import HfFileSystem, close_session, constants
 
-from pipelines import prepare
 from pipelines.data.corpora import open_external_corpus
 from pipelines.data.corpora.base import SourceArchives
 from pipelines.data.io import source_file
 from skillnet_platform.errors import UserError
+from skillnet_platform.storage.retry import StoreUnavailableError
 from tests.helpers.file_forms import draw_png
 from tests.helpers.hub_server import HubServer, serve_hub
+from tests.helpers.processes import run_python
 
 NAME = "owner/name"
 
@@ -73,7 +74,9 @@ def test_a_revision_is_pinned_while_its_branch_moves(hub: HubServer, tmp_path: P
     known = hub.repositories
     known[f"datasets/{NAME}@v1"] = {"train.csv": b"text,label\n" + b"a,x\nb,y\n" * 20}
     words = ["--corpus", f"mine=hf:{NAME}@v1", "--data", str(tmp_path / "corpora")]
-    assert prepare.main(words) == 0
+    # Workers of a Ray that an earlier test started know another Hub.
+    ended = run_python("-m", "pipelines.prepare", *words, variables=hub.variables(tmp_path))
+    assert ended.returncode == 0, ended.stderr
     manifest = json.loads((tmp_path / "corpora" / "mine" / "manifest.json").read_text("utf-8"))
     (source,) = manifest["sources"]
     commit = source["revision"]
@@ -138,6 +141,20 @@ def test_a_private_data_set_needs_the_token(
 def test_a_wrong_name_is_one_sentence(hub: HubServer, place: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_rows(place)
+
+
+def test_a_hub_that_is_lost_later_is_waited_for(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "0.2")
+    corpus = open_external_corpus("mine", f"hf:{NAME}")
+    hub.shutdown()
+    hub.server_close()
+    close_session()  # else open connections are still answered
+    # The client makes pauses of its own, of 23 s together.
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    with pytest.raises(StoreUnavailableError, match=r"hf://.*: the store did not answer for"):
+        list(corpus.rows(SourceArchives.none()))
 
 
 def test_a_hub_that_does_not_answer_is_one_sentence(
