@@ -1,8 +1,7 @@
 """Learning rates that the present rule chooses from the tuning trials of a kept study.
 
 ``python -m tools.docs.study_rates STUDY`` prints them beside the rates of the study. The preset
-``studies/rates`` has these rates, so it trains no tuning trial. :func:`build_rates_table` is also
-called by :mod:`tools.docs.study_tables`.
+``studies/rates`` has these rates, so it trains no tuning trial.
 """
 
 import argparse

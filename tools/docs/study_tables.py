@@ -8,14 +8,13 @@ final study.
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 
-from skillnet_evidence.comparison import find_common_replicates
+from skillnet_evidence.cells import ReportTable
+from skillnet_evidence.comparison import MEAN, find_common_replicates
 from skillnet_evidence.tables import ReferenceScores
 from skillnet_platform.storage import read_json
 from skillnet_studies.analysis.finished_runs import FinishedRun, compare_runs, label_runs, read_run
@@ -25,7 +24,7 @@ from skillnet_studies.study.kept_results import RESERVE_RECORD, open_study, read
 from skillnet_studies.study.reserve import collect_reserve_runs, drop_tests
 from skillnet_studies.study.study import build_final_trials, read_study_ledger
 from tools.docs.page_marks import put
-from tools.docs.study_rates import build_change_table, build_rates_table
+from tools.docs.study_rates import build_change_table
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "lab" / "results"
@@ -46,6 +45,7 @@ class StudyBlock:
         studies: kept studies. Runs of several are compared on the folds and seeds that they share.
         tables: titles of the tables.
         systems: labels of the systems; all by default.
+        tasks: names in the column of tasks of the rows that are shown; all by default.
         is_reserve: whether the block shows the reserve of the study.
         page: that has the block.
     """
@@ -53,32 +53,37 @@ class StudyBlock:
     studies: tuple[str, ...]
     tables: tuple[str, ...]
     systems: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
     is_reserve: bool = False
     page: Path = BESIDE_PAGE
 
 
-#: Marks of the table of learning rates, which the trials of the final study choose.
-CHOSEN_RATES = "chosen-rates"
+#: Columns that repeat another one or the preregistration. The report has them.
+OMITTED = ("asked", "relative to specialists", "rows per second")
 #: Marks of the table of differences at the rates of both studies.
 RATE_CHANGES = "rate-changes"
 
 GAINS, MORE_STEPS = "Gain from pretraining", "Differences after more steps"
+#: Rows of the second one: what more steps change most, and the mean.
+CHANGED = ("text to video", MEAN)
 
 #: Name of the marks -> block, in the order of the pages.
 BLOCKS = {
     "final": StudyBlock(("final",), (CLAIMS, SCORES, DIFFERENCES, GAINS, "Cost"), page=FINAL_PAGE),
     "reserve": StudyBlock(("final",), (SCORES,), is_reserve=True, page=FINAL_PAGE),
-    "rates": StudyBlock(("rates",), (SCORES, DIFFERENCES, GAINS)),
-    "labels": StudyBlock(("labels",), (CLAIMS, GAINS)),
+    "rates": StudyBlock(("rates",), (DIFFERENCES, GAINS)),
+    "labels": StudyBlock(("labels",), (GAINS,)),
     "longer": StudyBlock(
         ("rates", "longer"),
         (MORE_STEPS,),
         ("skillnet", "specialist", "skillnet-long", "specialist-long"),
+        CHANGED,
     ),
     "longer-pretrained": StudyBlock(
         ("rates", "longer", "longer-pretrained"),
         (MORE_STEPS,),
         ("skillnet", "skillnet-pretrained", "skillnet-long", "skillnet-long-pretrained"),
+        CHANGED,
     ),
     "equal-steps": StudyBlock(
         ("equal-steps", "rates"),
@@ -87,8 +92,8 @@ BLOCKS = {
     ),
     "dense": StudyBlock(
         ("rates", "dense"),
-        (DIFFERENCES, "Sizes of baselines"),
-        ("skillnet", "dense-executed", "dense-deep", "dense-modality"),
+        (DIFFERENCES,),
+        ("skillnet", "dense-deep", "dense-modality"),
     ),
     "budget": StudyBlock(("budget",), ("Budget until dense's final score",)),
 }
@@ -172,42 +177,38 @@ def render_block(block: StudyBlock, results: Path = RESULTS) -> str:
     parts = list_notices(report) if has_notices else []
     facts = " · ".join(f"{name} {report.facts[name]}" for name in FACTS)
     parts.append(f"{report.lead}. {facts}.")
-    described = list_described(block)
-    known = {
-        table.title: replace(table, caption="") if table.title in described else table
-        for table in report.tables
-    }
-    seen: set[str] = set()
-    for table in (known[title] for title in block.tables if title in known):
-        # A sentence about all tables of a report stands below the first one.
-        sentences = re.split(r"(?<=\.) ", table.caption)
-        caption = " ".join(each for each in sentences if each not in seen)
-        seen.update(sentences)
-        parts.append(replace(table, caption=caption).to_markdown())
-    return "\n\n".join(parts)
+    known = {table.title: table for table in report.tables}
+    shown = [known[title] for title in block.tables if title in known]
+    return "\n\n".join(parts + [shorten_table(table, block.tasks).to_markdown() for table in shown])
 
 
-def render_rates(folder: Path) -> str:
-    """Return the rates of a study and of the present rule; the command shows the trials, too."""
-    table = build_rates_table(folder)
-    rows = [row[:4] for row in table.rows]
-    return replace(table, columns=table.columns[:4], rows=rows, caption="").to_markdown()
+def shorten_table(table: ReportTable, tasks: Sequence[str] = ()) -> ReportTable:
+    """Return a table without its caption and without columns that say the same in each row.
 
+    The page states once what the captions of its tables state.
 
-def list_described(block: StudyBlock) -> set[str]:
-    """Return the titles of tables whose caption stands in an earlier block of the page."""
-    before = takewhile(lambda other: other != block, BLOCKS.values())
-    return {title for other in before if other.page == block.page for title in other.tables}
+    Args:
+        table: what the report shows.
+        tasks: names in the column of tasks of the rows that are kept; all by default.
+    """
+    place = table.columns.index("task") if tasks else 0
+    rows = [row for row in table.rows if not tasks or row[place].text in tasks]
+    kept = [
+        n
+        for n, name in enumerate(table.columns)
+        if name not in OMITTED
+        and (name == "verdict" or len({row[n].text for row in rows} - {"–"}) > 1)
+    ]
+    cells = [[row[n] for n in kept] for row in rows]
+    return replace(table, columns=[table.columns[n] for n in kept], rows=cells, caption="")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Write the blocks of both pages."""
     parser = argparse.ArgumentParser(prog="python -m tools.docs.study_tables", description=__doc__)
-    names = [*BLOCKS, CHOSEN_RATES, RATE_CHANGES]
+    names = [*BLOCKS, RATE_CHANGES]
     parser.add_argument("--block", choices=names, help="all by default")
     options = parser.parse_args(argv)
-    if options.block in (None, CHOSEN_RATES):
-        put(BESIDE_PAGE, CHOSEN_RATES, render_rates(RESULTS / "final"))
     if options.block in (None, RATE_CHANGES):
         changes = build_change_table(RESULTS / "final", RESULTS / "rates")
         put(BESIDE_PAGE, RATE_CHANGES, changes.to_markdown())

@@ -19,13 +19,11 @@ from tools.docs.study_rates import main as show_rates
 from tools.docs.study_tables import (
     BESIDE_PAGE,
     BLOCKS,
-    CHOSEN_RATES,
     NOT_COMPLETE,
     RATE_CHANGES,
     RESULTS,
     StudyBlock,
     render_block,
-    render_rates,
     select_runs,
 )
 
@@ -69,8 +67,9 @@ def test_runs_of_two_studies_are_compared_on_the_folds_that_they_share(tmp_path:
     keep_study(tmp_path, "longer", {"skillnet-long": 0.5, "specialist-long": 0.5}, folds=2)
     text = render_block(BLOCKS["longer"], results)
     assert "4 systems, 2 replicates each, 5 tasks, 8 runs" in text
-    assert "| systems | task | 12 steps | 36 steps | change |" in text
-    assert "moe" not in text
+    assert "| task | 12 steps | 36 steps | change |" in text
+    lines = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")]
+    assert lines[2:] == ["| text to video", "| mean"]
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -109,7 +108,6 @@ def test_the_page_compares_the_differences_at_the_rates_of_both_studies() -> Non
 
 def test_rates_lie_beside_the_best_trials_of_the_final_study() -> None:
     table = build_rates_table(RESULTS / "final")
-    assert between(BESIDE_PAGE, CHOSEN_RATES) == render_rates(RESULTS / "final")
     tried = [float(column) for column in table.columns[4:]]
     assert tried == [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3]
     lines = {(row[0].text, row[1].text): [cell.text for cell in row[2:]] for row in table.rows}
