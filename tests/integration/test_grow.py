@@ -146,10 +146,11 @@ def test_two_growths_merge_with_equal_outputs(
 ) -> None:
     config = replace(grow_config("base", place / "corpora", steps=2), name="second")
     # The same corpus as a second task, whose skill has another name.
-    config.skill = NewSkill("tone")
+    config.skill = NewSkill("tone", "video", rank=2)
     towers = {"input": SkillPlan(("general", "tone"), "video")}
     config.task = replace(config.task, name="tones", towers=towers)
-    grow_model(config)
+    made = GrowthReport.from_dict(grow_model(config)["growth"])
+    assert "benefit of the new skill of rank 2" in made.to_markdown()
     # The same growth of the grown model trains the same bits: all that it reads is frozen.
     grow_model(replace(config, source="grown", name="third"))
     for file in ("skill-tone", "head-tones"):

@@ -213,6 +213,7 @@ class GrowthReport(ChangeReport):
         rows_changed: number of these rows whose outcome changed.
         optimizer_files: weight files with optimizer state.
         transfer_results: scores of the new task of the grown model and of the reference runs.
+        rank: columns of the new skill if it is a low-rank difference; 0 for whole matrices.
     """
 
     source: str
@@ -230,6 +231,7 @@ class GrowthReport(ChangeReport):
     rows_changed: int
     optimizer_files: list[str]
     transfer_results: list[TransferResult]
+    rank: int = 0
 
     kind = "growth"
     derived = ("is_unchanged",)
@@ -279,9 +281,12 @@ class GrowthReport(ChangeReport):
         """Return (title, columns, cells) of each table of the report."""
         primary = evaluation_tables.PRIMARY_METRICS
         old_tasks = [task for task in self.tasks if task.metric in primary]
+        added = "skill" if self.skill else "head"
+        if self.rank:
+            added += f" of rank {self.rank}"
         tables = [
             (
-                f"{self.task}: benefit of the new {'skill' if self.skill else 'head'}",
+                f"{self.task}: benefit of the new {added}",
                 ["trained", "split", "metric", "grown minus this", "parameters", "training"],
                 [_transfer_cells(result) for result in self.transfer_results],
             ),

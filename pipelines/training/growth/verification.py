@@ -185,6 +185,7 @@ def build_growth_report(
     results = {GROWN: result, **references}
     # Read from disk: the report is about the written files, not about a model in memory.
     model = systems.load_model(run / "model")
+    low_rank = settings.model.low_rank_skills.get(skill)
     return GrowthReport(
         source=source.name,
         source_digest=source.digest,
@@ -210,6 +211,7 @@ def build_growth_report(
                 name, run_result, own_outcomes, old_rows, task, spec, settings
             )
         ],
+        rank=low_rank.rank if low_rank else 0,
     )
 
 
