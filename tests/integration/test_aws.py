@@ -1,4 +1,4 @@
-"""``ray up ray_cluster.yaml`` against an EC2 that moto plays, ssh and rsync played by a script.
+"""``ray up`` with both files for AWS against an EC2 that moto plays; a script plays ssh and rsync.
 
 It carries as far as this: Ray's launcher makes the key, the security group and the head, copies
 the files and runs the commands of the file, in their order; Ray's autoscaler, with the file that
@@ -71,6 +71,38 @@ def instances() -> list[dict[str, Any]]:
     return [each for each in found if each["State"]["Name"] in ("pending", "running")]
 
 
+@dataclass(frozen=True)
+class ClusterFile:
+    """A cluster file: what work waits for machines, and which machines that work needs."""
+
+    path: str
+    waiting: list[dict[str, float]]
+    wanted: list[str]
+    machines: list[str]
+    resources: dict[str, dict[str, float]]
+
+
+HEAD = {"head": {"node:__internal_head__": 1.0}}
+FILES = [
+    # Training with two workers of a GPU each, and preparation that fills a machine.
+    ClusterFile(
+        "ray_cluster.yaml",
+        [{"CPU": 1, "GPU": 1}] * 2 + [{"CPU": 8}],
+        ["data", "gpu", "gpu"],
+        ["c6i.2xlarge", "g6.2xlarge", "g6.2xlarge"],
+        HEAD | {"gpu": {"CPU": 8.0, "GPU": 1.0}, "data": {"CPU": 8.0}},
+    ),
+    # Training with twelve workers of a GPU each.
+    ClusterFile(
+        "platform/deploy/aws_p5.yaml",
+        [{"CPU": 1, "GPU": 1}] * 12,
+        ["p5", "p5"],
+        ["p5.48xlarge", "p5.48xlarge"],
+        HEAD | {"p5": {"CPU": 192.0, "GPU": 8.0}},
+    ),
+]
+
+
 @dataclass
 class Launcher:
     """Ray's launcher in a checkout of its own, with a home, a log of what it asks of ssh."""
@@ -78,6 +110,7 @@ class Launcher:
     home: Path
     log: Path
     code: Path
+    file: ClusterFile
 
     def run(self, *words: str) -> str:
         done = subprocess.run(
@@ -92,12 +125,21 @@ class Launcher:
         return done.stdout
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(FILES[0], id="small"),
+        pytest.param(FILES[1], id="large", marks=pytest.mark.long),
+    ],
+)
 def launcher(
-    cloud: str, tmp_path_factory: pytest.TempPathFactory, environment: pytest.MonkeyPatch
+    request: pytest.FixtureRequest,
+    cloud: str,
+    tmp_path_factory: pytest.TempPathFactory,
+    environment: pytest.MonkeyPatch,
 ) -> Launcher:
     tmp_path = tmp_path_factory.mktemp("launcher")
-    made = Launcher(tmp_path / "home", tmp_path / "log", tmp_path / "checkout")
+    made = Launcher(tmp_path / "home", tmp_path / "log", tmp_path / "checkout", request.param)
     (made.home / ".ray").mkdir(parents=True)
     (made.home / ".ray/auth_token").write_text("secret")
     tools = tmp_path / "tools"
@@ -107,16 +149,40 @@ def launcher(
         (tools / name).chmod(0o755)
     (made.code / "platform").mkdir(parents=True)
     shutil.copytree(ROOT / "platform/deploy", made.code / "platform/deploy")
-    shutil.copy(ROOT / "ray_cluster.yaml", made.code)
+    text = (ROOT / made.file.path).read_text(encoding="utf-8")
+    (made.code / made.file.path).write_text(fill_in(text), encoding="utf-8")
     environment.setenv("HOME", str(made.home))
     environment.setenv("PLAYED_LOG", str(made.log))
     environment.setenv("PATH", f"{tools}:{os.environ['PATH']}")
     return made
 
 
+def fill_in(text: str) -> str:
+    """Replace what a user replaces in the file of the large machines."""
+    client = boto3.client("ec2")
+    subnets = client.describe_subnets()["Subnets"]
+    public, private = subnets[0], subnets[1]
+    if "sg-CHANGE-ME" not in text:
+        return text
+    group = client.create_security_group(
+        GroupName="skillnet-p5", Description="-", VpcId=private["VpcId"]
+    )
+    text = text.replace("subnet-CHANGE-ME-PUBLIC", public["SubnetId"])
+    text = text.replace("subnet-CHANGE-ME", private["SubnetId"])
+    return text.replace("sg-CHANGE-ME", group["GroupId"])
+
+
+def describe_group(head: dict[str, Any]) -> dict[str, Any]:
+    """Return the only security group of a machine."""
+    (group,) = head["SecurityGroups"]
+    client = boto3.client("ec2")
+    (found,) = client.describe_security_groups(GroupIds=[group["GroupId"]])["SecurityGroups"]
+    return dict(found)
+
+
 @pytest.mark.integration
 def test_ray_up_starts_a_head(launcher: Launcher) -> None:
-    launcher.run("up", "-y", "--no-config-cache", "ray_cluster.yaml")
+    launcher.run("up", "-y", "--no-config-cache", launcher.file.path)
     (head,) = instances()
     assert head["InstanceType"] == "m6i.xlarge"
     assert head["IamInstanceProfile"]["Arn"].endswith(PROFILE)
@@ -124,17 +190,15 @@ def test_ray_up_starts_a_head(launcher: Launcher) -> None:
     assert (tags["ray-node-type"], tags["ray-user-node-type"]) == ("head", "head")
     assert tags["ray-node-status"] == "up-to-date"
 
-    (group,) = head["SecurityGroups"]
-    (rules,) = boto3.client("ec2").describe_security_groups(GroupIds=[group["GroupId"]])[
-        "SecurityGroups"
-    ]
-    assert rules["GroupName"] == "skillnet"
-    outside = [rule for rule in rules["IpPermissions"] if rule.get("IpRanges")]
-    assert [(r["IpProtocol"], r["FromPort"], r["ToPort"]) for r in outside] == [("tcp", 22, 22)]
-    inside = [rule for rule in rules["IpPermissions"] if not rule.get("IpRanges")]
-    assert [pair["GroupId"] for rule in inside for pair in rule["UserIdGroupPairs"]] == [
-        group["GroupId"]
-    ]
+    rules = describe_group(head)
+    if rules["GroupName"] == "skillnet":  # made by Ray; the other one is the user's
+        outside = [rule for rule in rules["IpPermissions"] if rule.get("IpRanges")]
+        ports = [(r["IpProtocol"], r["FromPort"], r["ToPort"]) for r in outside]
+        assert ports == [("tcp", 22, 22)]
+        inside = [rule for rule in rules["IpPermissions"] if not rule.get("IpRanges")]
+        assert [pair["GroupId"] for rule in inside for pair in rule["UserIdGroupPairs"]] == [
+            rules["GroupId"]
+        ]
 
     said = launcher.log.read_text()
     steps = [
@@ -159,8 +223,8 @@ class ReportedNodes:
 
     address = "10.0.0.1:6379"
 
-    def __init__(self, head: str) -> None:
-        self.head = head
+    def __init__(self, head: str, resources: dict[str, dict[str, float]]) -> None:
+        self.head, self.resources = head, resources
         self.waiting: list[dict[str, float]] = []
         self.idle_ms = 0
         self.drained: set[str] = set()
@@ -188,8 +252,8 @@ class ReportedNodes:
                     node_id=name.encode(),
                     instance_id=name,
                     ray_node_type_name=tags["ray-user-node-type"],
-                    total_resources=RESOURCES[tags["ray-user-node-type"]],
-                    available_resources=RESOURCES[tags["ray-user-node-type"]],
+                    total_resources=self.resources[tags["ray-user-node-type"]],
+                    available_resources=self.resources[tags["ray-user-node-type"]],
                     status=status,
                     idle_duration_ms=int(idle),
                 )
@@ -208,13 +272,6 @@ class ReportedNodes:
         )
 
 
-RESOURCES = {
-    "head": {"node:__internal_head__": 1.0},
-    "gpu": {"CPU": 8.0, "GPU": 1.0},
-    "data": {"CPU": 8.0},
-}
-
-
 @pytest.mark.integration
 def test_the_autoscaler_starts_what_waits_and_ends_what_idles(
     launcher: Launcher, monkeypatch: pytest.MonkeyPatch
@@ -229,7 +286,7 @@ def test_the_autoscaler_starts_what_waits_and_ends_what_idles(
     from ray.autoscaler.v2 import autoscaler as second
     from ray.autoscaler.v2.instance_manager.config import FileConfigReader
 
-    reported = ReportedNodes(head["InstanceId"])
+    reported = ReportedNodes(head["InstanceId"], launcher.file.resources)
     monkeypatch.setattr(second, "get_cluster_resource_state", reported.state)
     reader = FileConfigReader(f"{launcher.log}.config", skip_content_hash=True)
     scaler = second.Autoscaler("test", reader, reported)
@@ -249,22 +306,23 @@ def test_the_autoscaler_starts_what_waits_and_ends_what_idles(
         wait_until(has_wanted, 120, lambda: states, pause=0.2)
         return found
 
-    # Training with two workers of a GPU each, and preparation that fills a machine.
-    reported.waiting = [{"CPU": 1, "GPU": 1}] * 2 + [{"CPU": 8}]
-    started = until(["data", "gpu", "gpu"])
-    kinds = sorted(each["InstanceType"] for each in started)
-    assert kinds == ["c6i.2xlarge", "g6.2xlarge", "g6.2xlarge"]
+    reported.waiting = launcher.file.waiting
+    started = until(launcher.file.wanted)
+    assert sorted(each["InstanceType"] for each in started) == launcher.file.machines
+    is_large = "p5" in launcher.file.resources
     group = head["SecurityGroups"][0]["GroupId"]
     for each in started:
         assert each["IamInstanceProfile"]["Arn"].endswith(PROFILE)
-        assert each["InstanceLifecycle"] == "spot"
-        assert [one["GroupId"] for one in each["SecurityGroups"]] == [group]
+        assert (each.get("InstanceLifecycle") == "spot") != is_large
+        # The mock knows one card and no placement; tests/unit looks at them.
+        cards = each["NetworkInterfaces"]
+        assert {one["GroupId"] for card in cards for one in card["Groups"]} == {group}
     said = launcher.log.read_text()
     for each in started:
         address = each["PrivateIpAddress"]
         mine = [line for line in said.splitlines() if address in line]
         steps = ["rsync ", "setup_node.sh install", "setup_node.sh settings", "ray start --address"]
-        steps += ["watch_spot.sh"]
+        steps += ["FI_PROVIDER=efa" if is_large else "watch_spot.sh"]
         places = [next(n for n, line in enumerate(mine) if step in line) for step in steps]
         assert places == sorted(places), mine
     assert "RAY_HEAD_IP=10.0.0.1" in said
@@ -278,5 +336,5 @@ def test_the_autoscaler_starts_what_waits_and_ends_what_idles(
 
 @pytest.mark.integration
 def test_ray_down_ends_the_head(launcher: Launcher) -> None:
-    launcher.run("down", "-y", "ray_cluster.yaml")
+    launcher.run("down", "-y", launcher.file.path)
     assert instances() == []

@@ -21,7 +21,7 @@ from skillnet_platform.errors import UserError
 
 ROOT = Path(__file__).parents[3]
 DEPLOY = ROOT / "platform/deploy"
-AWS, ON_PREM = ROOT / "ray_cluster.yaml", DEPLOY / "on_prem.yaml"
+AWS, ON_PREM, LARGE = ROOT / "ray_cluster.yaml", DEPLOY / "on_prem.yaml", DEPLOY / "aws_p5.yaml"
 SCRIPT = DEPLOY / "setup_node.sh"
 
 
@@ -36,7 +36,7 @@ def containers() -> list[dict[str, Any]]:
     return [group["template"]["spec"]["containers"][0] for group in groups]
 
 
-@pytest.mark.parametrize("path", [AWS, ON_PREM], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [AWS, ON_PREM, LARGE], ids=lambda path: path.name)
 def test_rays_own_schema_takes_the_file(path: Path) -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -122,13 +122,25 @@ def test_every_spot_machine_watches_for_its_notice() -> None:
     assert (ROOT / source / "watch_spot.sh").is_file()
 
 
+def test_each_network_card_of_a_large_machine_carries_efa() -> None:
+    machine = load(LARGE)["available_node_types"]["p5"]["node_config"]
+    cards = machine["NetworkInterfaces"]
+    assert [each["NetworkCardIndex"] for each in cards] == list(range(32))
+    # A machine has addresses on its first card only, which cannot be without them.
+    assert [each["DeviceIndex"] for each in cards] == [0] + [1] * 31
+    assert [each["InterfaceType"] for each in cards] == ["efa"] + ["efa-only"] * 31
+    assert len({(each["SubnetId"], *each["Groups"]) for each in cards}) == 1
+    assert not any("AssociatePublicIpAddress" in each for each in cards), "AWS refuses it"
+    assert machine["Placement"] == {"GroupName": "skillnet-p5"}
+
+
 def test_on_prem_counts_its_workers() -> None:
     reported = load(ON_PREM)
     count = len(reported["provider"]["worker_ips"])
     assert (reported["min_workers"], reported["max_workers"]) == (count, count)
 
 
-@pytest.mark.parametrize("path", [AWS, ON_PREM], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [AWS, ON_PREM, LARGE], ids=lambda path: path.name)
 def test_a_node_gets_dependencies_token_and_a_closed_dashboard(path: Path) -> None:
     reported = load(path)
     (setup,) = reported["setup_commands"]
