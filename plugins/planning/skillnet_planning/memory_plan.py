@@ -78,6 +78,7 @@ class WorkerMemory:
         optimizer: AdamW's two averages of the trained weights that the worker keeps.
         gradients: those of the largest task; with shards also the worker's sums.
         average: average of the weights, with ``training.ema``.
+        best: copy of the weights of the best validation, with ``training.patience``.
         activations: task -> living tensors at the peak of its step.
     """
 
@@ -85,12 +86,13 @@ class WorkerMemory:
     optimizer: int
     gradients: int
     average: int
+    best: int
     activations: dict[str, int]
 
     @property
     def fixed(self) -> int:
         """Bytes that do not depend on the rows of a step."""
-        return self.weights + self.optimizer + self.gradients + self.average
+        return self.weights + self.optimizer + self.gradients + self.average + self.best
 
     @property
     def largest_task(self) -> str:
@@ -195,6 +197,7 @@ class RunPlanner:
             optimizer=8 * trained,
             gradients=4 * (largest + step // share),
             average=4 * trained if training.ema else 0,
+            best=4 * trained if training.patience else 0,
             activations={
                 name: self._activations(name, chosen)
                 for name in (self.config.trained if tasks is None else tasks)
@@ -268,7 +271,9 @@ class RunPlanner:
         """Return the given options with the places of weights that are tried, cheapest first."""
         placed = [self.given]
         if self.given.is_plain:
-            if self.workers > 1 and can_shard(self._any_model.model):
+            # The copy of the best weights is whole, so a run with a patience cannot divide them.
+            has_shards = self.workers > 1 and not self.config.training.patience
+            if has_shards and can_shard(self._any_model.model):
                 placed.append(replace(self.given, sharding="full"))
             placed.append(replace(self.given, sharding="host"))
         return placed

@@ -132,6 +132,7 @@ class RunPlan:
             "Adam state": memory.optimizer,
             "gradients": memory.gradients,
             "average of weights": memory.average,
+            "best weights": memory.best,
             f"activations of {memory.largest_task}": memory.activations[memory.largest_task],
         }
         return {name: size / GB for name, size in parts.items() if size}

@@ -124,6 +124,9 @@ def test_fixed_memory_equals_that_of_a_real_run() -> None:
     scalars = [p for p in model.parameters() if not p.ndim]
     assert memory.optimizer == state + 8 * len(scalars)
     assert memory.average == memory.optimizer // 2
+    # Weights that are averaged are copied at the best validation.
+    patient = RunPlanner(config_of(ema=0.9, patience=2, evaluate_every=1), LARGE, 4)
+    assert patient.memory(tasks=()).fixed == memory.fixed + memory.average
     # Gradients exist for the task of a step only.
     sizes = [sum(p.nbytes for _, p in model.active_parameters(task)) for task in TASKS]
     assert memory.gradients == max(sizes) < memory.average
@@ -221,6 +224,9 @@ def test_shards_are_an_option_that_makes_a_run_fit() -> None:
     one, experts = RunPlanner(config, LARGE, 1), RunPlanner(config_of("moe"), LARGE, 4)
     assert [each.sharding for each in one._list_placements()] == ["none", "host"]
     assert [each.sharding for each in experts._list_placements()] == ["none", "full", "host"]
+    # A copy of the best weights is whole: advice that the training refuses would not help.
+    patient = RunPlanner(short_config(patience=1, evaluate_every=1), LARGE, 2)
+    assert [each.sharding for each in patient._list_placements()] == ["none", "host"]
 
 
 MASKED = {name: TaskTraining("any", batch_size=4) for name in masked_tasks()}
