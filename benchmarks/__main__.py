@@ -26,6 +26,7 @@ NAMES = (
     "loading",
     "serving",
     "search",
+    "quantization",
     "router",
 )
 
@@ -36,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=30, help="rounds of a comparison")
     parser.add_argument("--threads", type=int, default=1, help="threads; with 1 CPU time counts")
     parser.add_argument("--data", type=Path, help="prepared corpora (default: the run root's)")
+    parser.add_argument("--model", help="trained run that quantization measures")
     parser.add_argument("--seconds", type=float, help="of a trial of sweep_overhead (default: 60)")
     parser.add_argument("--output", type=Path, help="folder of the CSVs")
     options = parser.parse_args(argv)
@@ -56,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     if options.data:
         os.environ["SKILLNET_BENCHMARK_DATA"] = str(options.data.absolute())
+    if options.model:
+        os.environ["SKILLNET_BENCHMARK_MODEL"] = options.model
     if options.seconds:
         os.environ["SKILLNET_BENCHMARK_SECONDS"] = str(options.seconds)
     for name in options.names or NAMES:

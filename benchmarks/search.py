@@ -2,11 +2,13 @@
 
 All contenders search the same unit vectors for the same query, in one process and one thread. Each
 returns the twelve best rows; the product alone returns scores. faiss is left out if it is not
-installed. The last rows have eight queries at once: joined queries share a pass over the memory.
+installed. Eight queries at once share a pass over the memory. Vectors of 8 bits and of signs, as
+``--vectors`` stores them, are decoded in each search; ``quantization`` measures what they lose.
 """
 
 import importlib
 from concurrent.futures import Future
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,11 +17,12 @@ import pyarrow as pa
 
 from benchmarks.measure import Result, in_turns, ratio, spread
 from skillnet_serving.retrieval.corpus_search import _rank_hits
-from skillnet_serving.retrieval.vector_index import JoinedScores
+from skillnet_serving.retrieval.vector_index import JoinedScores, VectorCode, encode_vectors
 
 #: Vectors of an index, and numbers of a vector.
 SIZES, WIDTH = (1_000, 20_000, 100_000, 1_000_000), 256
 TOP, QUERIES = 12, 8
+SMALL_CODES: tuple[VectorCode, ...] = ("int8", "binary")
 CLOCK = "cpu"
 
 
@@ -42,7 +45,7 @@ def _compare(size: int, rounds: int) -> list[Result]:
     corpus: Any = SimpleNamespace(splits={"test": _split(size)})
     scores = JoinedScores(vectors, vectors.shape[1])
 
-    def search() -> list[Any]:
+    def search(scores: JoinedScores = scores) -> list[Any]:
         return _rank_hits(corpus, ["test"], scores.score(queries[0]), TOP, "")
 
     def join() -> None:
@@ -64,6 +67,9 @@ def _compare(size: int, rounds: int) -> list[Result]:
         "8 queries, joined": join,
         "8 queries, one by one": lambda: [vectors @ query for query in queries],
     }
+    for code in SMALL_CODES:
+        encoded = JoinedScores(encode_vectors(vectors, code), WIDTH)
+        sides[f"search, {code}"] = partial(search, encoded)
     try:
         faiss = importlib.import_module("faiss")
     except ImportError:
@@ -86,6 +92,9 @@ def _compare(size: int, rounds: int) -> list[Result]:
             # Below, a query is the hits that it returns.
             target = "<= 1.1" if other == "numpy argpartition" and size >= 20_000 else ""
             results.append(Result("search", other, "ratio", *found, target, rounds, setting))
+    for code in SMALL_CODES:
+        found = ratio(seconds[f"search, {code}"], seconds["search"])
+        results.append(Result(f"search, {code}", "search", "ratio", *found, "", rounds, setting))
     found = ratio(seconds["8 queries, joined"], seconds["8 queries, one by one"])
     results.append(Result("8 queries", "one by one", "ratio", *found, "", rounds, setting))
     return results
