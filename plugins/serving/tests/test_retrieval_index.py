@@ -92,16 +92,19 @@ def test_damaged_index_is_built_again(place, run_root, capsys):
 
 @pytest.mark.parametrize(("code", "cosine"), [("float32", 1), ("int8", 0.9999), ("binary", 0.6)])
 def test_encoded_vectors_are_near_the_floats(code: VectorCode, cosine: float) -> None:
-    vectors = unit_vectors(500, 61)
+    # Three blocks of a search, the last of them shorter.
+    vectors = unit_vectors(2500, 61)
     encoded = encode_vectors(vectors, code)
     decoded = decode_vectors(encoded, 61)
     np.testing.assert_allclose(np.linalg.norm(decoded, axis=1), 1, atol=1e-6)
     assert (vectors * decoded).sum(axis=1).min() >= cosine - 1e-6
-    assert encoded.nbytes == 500 * {"float32": 244, "int8": 61, "binary": 8}[code]
+    assert encoded.nbytes == 2500 * {"float32": 244, "int8": 61, "binary": 8}[code]
     scores = JoinedScores(encoded, 61).score(vectors[7])
     np.testing.assert_allclose(scores, decoded @ vectors[7], atol=1e-6)
     if code == "int8":
-        assert not decode_vectors(encode_vectors(np.zeros((1, 61), np.float32), code), 61).any()
+        empty = encode_vectors(np.zeros((1, 61), np.float32), code)
+        assert not decode_vectors(empty, 61).any()
+        assert not JoinedScores(empty, 61).score(vectors[7]).any()
 
 
 def test_the_recall_counts_the_ten_best_rows_of_both() -> None:

@@ -2,8 +2,8 @@
 
     float32 (N, E) ── encode_vectors ──> int8 (N, E), or the signs as bits (N, E / 8)
 
-A query is always float32: it is multiplied with the decoded vectors of a block. So int8 changes few
-ranks, and the signs alone more. :class:`RecallMeter` measures the loss.
+A query is always float32: it is multiplied with the numbers of a block, and the scores are scaled.
+So int8 changes few ranks, and the signs alone more. :class:`RecallMeter` measures the loss.
 
 :class:`JoinedScores` is the main entry point, for :mod:`skillnet_serving.retrieval.corpus_search`.
 """
@@ -159,6 +159,8 @@ class JoinedScores:
 
     def __init__(self, vectors: np.ndarray, width: int) -> None:
         self._vectors, self._width = vectors, width
+        #: Of vectors of int8, whose scores are divided by them, (N,).
+        self._lengths = self._measure_lengths() if vectors.dtype == np.int8 else None
         self._pass, self._list = threading.Lock(), threading.Lock()
         self._waiting: list[tuple[np.ndarray, Future[np.ndarray]]] = []
 
@@ -183,18 +185,49 @@ class JoinedScores:
             kind = np.result_type(self._vectors.dtype, np.float32)
             found = [np.empty(len(self._vectors), kind) for _ in joined]
             queries = [query.astype(kind) for query, _ in joined]
-            for start in range(0, len(self._vectors) if joined else 0, self.BLOCK_ROWS):
-                rows = self._vectors[start : start + self.BLOCK_ROWS]
-                block = decode_vectors(rows, self._width)
+            for start, block in self._iter_blocks() if joined else ():
                 for query, scores in zip(queries, found, strict=True):
                     # A third faster than ``np.dot``, and equal vectors get equal scores.
                     np.einsum("ij,j->i", block, query, out=scores[start : start + len(block)])
+            for query, scores in zip(queries, found, strict=True):
+                self._scale_scores(query, scores)
         except Exception as error:
             for _, answer in joined:
                 answer.set_exception(error)
             return
         for (_, answer), scores in zip(joined, found, strict=True):
             answer.set_result(scores)
+
+    def _iter_blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield the first row of each block and its numbers: floats, whole numbers, or bits."""
+        is_float = self._vectors.dtype.kind == "f"
+        # A new array for each block would take as long as the product.
+        shape = (0 if is_float else self.BLOCK_ROWS, self._width)
+        numbers = np.empty(shape, np.float32)
+        for start in range(0, len(self._vectors), self.BLOCK_ROWS):
+            rows = self._vectors[start : start + self.BLOCK_ROWS]
+            if not is_float:
+                if rows.dtype == np.uint8:
+                    rows = np.unpackbits(rows, axis=1, count=self._width)
+                np.copyto(numbers[: len(rows)], rows)
+                rows = numbers[: len(rows)]
+            yield start, rows
+
+    def _scale_scores(self, query: np.ndarray, scores: np.ndarray) -> None:
+        """Turn products with numbers of a block into those with unit vectors, in place."""
+        if self._lengths is not None:
+            scores /= self._lengths
+        elif self._vectors.dtype == np.uint8:
+            # A bit of 0 stands for -1.
+            scores *= 2
+            scores -= query.sum()
+            scores /= np.sqrt(self._width)
+
+    def _measure_lengths(self) -> np.ndarray:
+        lengths = np.empty(len(self._vectors), np.float32)
+        for start, block in self._iter_blocks():
+            lengths[start : start + len(block)] = np.sqrt(np.einsum("ij,ij->i", block, block))
+        return np.where(lengths, lengths, np.float32(1))
 
 
 def read_cached(
