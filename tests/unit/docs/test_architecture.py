@@ -1,7 +1,6 @@
-"""The architecture page names files that exist, and the layers of the import contracts."""
+"""The architecture page names files that exist."""
 
 import re
-import tomllib
 from pathlib import Path
 
 from skillnet.skills import default_tasks, find_task
@@ -36,13 +35,3 @@ def test_the_page_leads_from_a_task_to_the_file_of_its_loss() -> None:
     file = f"skillnet/objectives/{objective}.py"
     assert f"`{file}`" in read_flow("batch to loss")
     assert "def compute_loss" in (ROOT / file).read_text(encoding="utf-8")
-
-
-def test_the_layers_are_those_of_the_import_contracts() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    for contract in project["tool"]["importlinter"]["contracts"]:
-        for package in contract.get("containers", []):
-            section = PAGE.partition(f"| `{package}` |")[2].partition("\n\n")[0]
-            for layer in contract["layers"]:
-                for name in layer.split(" | "):
-                    assert f"`{name}`" in section, f"{package}: {name}"
