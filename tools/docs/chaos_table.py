@@ -14,19 +14,20 @@ from tools.docs.page_marks import put
 
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 HEAD = (
-    "| fault | runs: on nodes / with Ray / without | resumes | steps repeated, max "
-    "| recovery in s: median (max) | lost |\n"
-    "|---|---:|---|---:|---:|---|"
+    "| fault | runs: nodes/Ray/no Ray | resumes | steps repeated, max "
+    "| recovery in s: median (max) |\n"
+    "|---|---:|---|---:|---:|"
 )
 
 
 def table(rows: Sequence[dict[str, str]]) -> str:
     """Markdown: a line a fault, and what it stands on."""
-    lines = [HEAD]
+    lines, losses = [HEAD], []
     for fault in (*FAULTS, *LATER_FAULTS, *sweep_runs.FAULTS):
         mine = [row for row in rows if row["fault"] == fault]
         if mine:
             lines.append(_line(fault, mine))
+            losses += [f"{lost} ({fault})" for lost in _losses(mine)]
     equal = sum(row["equal_weights"] == "True" for row in rows)
     machines = ", ".join(sorted({row["machine"] for row in rows}))
     loads = [float(row["load"]) for row in rows]
@@ -34,7 +35,8 @@ def table(rows: Sequence[dict[str, str]]) -> str:
     lines += [
         "",
         f"{len(rows)} runs, {equal} of them equal to the undisturbed run; {machines}, load "
-        f"{min(loads):.0f} to {max(loads):.0f}, {' and '.join(dates)}.",
+        f"{min(loads):.0f} to {max(loads):.0f}, {' and '.join(dates)}. "
+        f"Lost: {', '.join(losses) or 'nothing'}.",
     ]
     return "\n".join(lines)
 
@@ -55,24 +57,27 @@ def crash_table(rows: Sequence[dict[str, str]]) -> str:
 def _line(fault: str, rows: Sequence[dict[str, str]]) -> str:
     launchers = [row["launcher"] for row in rows]
     with_ray = launchers.count("ray") + launchers.count(sweep_runs.LAUNCHER)
-    tried = f"{launchers.count('hosts')} / {with_ray} / {launchers.count('ranks')}"
+    tried = f"{launchers.count('hosts')}/{with_ray}/{launchers.count('ranks')}"
     again = max(int(row["lost_steps"]) for row in rows)
+    seconds = [float(row["recovery_seconds"]) for row in rows]
+    took = f"{statistics.median(seconds):.0f} ({max(seconds):.0f})"
+    recovered = {row["recovered"].replace("by itself", "automatically") for row in rows}
+    return f"| {fault} | {tried} | {' or '.join(sorted(recovered))} | {again} | {took} |"
+
+
+def _losses(rows: Sequence[dict[str, str]]) -> list[str]:
+    """Return the losses of a fault's runs, in words."""
     lost = max(int(row["lost_bytes"]) for row in rows)
     missing = sum(int(row["lost_metrics"]) for row in rows)
     doubled = sum(int(row["doubled_metrics"]) for row in rows)
-    seconds = [float(row["recovery_seconds"]) for row in rows]
-    took = f"{statistics.median(seconds):.0f} ({max(seconds):.0f})"
     unequal = sum(row["equal_weights"] != "True" for row in rows)
-    losses = {
-        f"{lost:,} bytes": lost,
+    counts = {
+        f"an unusable checkpoint of {lost:,} bytes": lost,
         f"{missing} metrics": missing,
         f"{doubled} metrics doubled": doubled,
         f"weights of {unequal} runs": unequal,
     }
-    gone = ", ".join(words for words, count in losses.items() if count) or "nothing"
-    recovered = {row["recovered"].replace("by itself", "automatically") for row in rows}
-    ways = " or ".join(sorted(recovered))
-    return f"| {fault} | {tried} | {ways} | {again} | {took} | {gone} |"
+    return [words for words, count in counts.items() if count]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -70,8 +70,8 @@ CORPORA = (
          "aic_icc"),
     Plan("VATEX", "video", 35_000, 1.5e6, 250, CLIP, "VATEX",
          "35,000 videos of 10 s, 25 frames per second, 1.5 MB. A frame costs as much as a measured "
-         "one (256 x 256). 8 frames of 96 x 96 are 73,728 bytes raw, so they are kept as JPEG. A "
-         "grey pixel takes two thirds of the bytes of a colour pixel", "vatex"),
+         "one. 8 frames of 96 x 96 are kept as JPEG; a grey pixel takes two thirds of a coloured "
+         "one's bytes", "vatex"),
     Plan("CodeSearchNet, Python", "code", 457_000, 2e3, 1, (3e3, 3e3), "",
          "457,000 functions with docstrings, 2 KB each", "codesearchnet"),
     Plan("Wukong", "image", 100_000_000, 100e3, 1, PICTURE, "tars",
@@ -111,26 +111,21 @@ def tables(folder: Path = RESULTS) -> str:
     per_row = {k.removeprefix("prepare, "): v for k, v in measured(speed, "s/row").items()}
     cell = measured(reading, "bytes/row")["reading encoded pictures"]
     load = measured(waiting, "s/row")["loader"]
+    held, kept = measured(readers, "bytes/row"), measured(readers, "bytes/row on disk")
     more = [f"`{path.name}`" for path in (readers, scaling) if path is not None]
-    lines = [
-        f"CPU time of one core, from `{speed.name}`, `{reading.name}`, `{waiting.name}`, "
-        f"{' and '.join(more)}:",
-        "",
-        "| row | seconds to prepare | content |",
-        "|---|---:|---|",
-    ]
     sizes = {
         "image": "1600 x 1200 pixels, JPEG",
         "sound": "10 s, WAV, 32 kHz stereo",
         "video": "40 frames of 256 x 256, MP4",
         "code": "a function of Python's standard library",
     }
-    for kind, size in sizes.items():
-        lines.append(f"| {kind} | {per_row[kind]:.2g} | {size} |")
-    lines += [
+    costs = "; ".join(f"{kind} {per_row[kind]:.2g} ({size})" for kind, size in sizes.items())
+    lines = [
+        f"Seconds of one core per row: {costs}. From `{speed.name}`, `{reading.name}`, "
+        f"`{waiting.name}`, {' and '.join(more)}.",
         "",
-        "| corpus | rows | source | CPU hours | on 16 CPUs | on 256 CPUs | "
-        "read rate, 256 CPUs | prepared |" + (" max CPUs |" if reads else ""),
+        "| corpus | CPU hours | on 16 CPUs | on 256 CPUs | read rate, 256 CPUs | prepared "
+        "| memory of the reading task | spool |" + (" max CPUs |" if reads else ""),
         "|---|---:|---:|---:|---:|---:|---:|---:|" + ("---:|" if reads else ""),
     ]
     fed: dict[str, float] = {}
@@ -143,16 +138,13 @@ def tables(folder: Path = RESULTS) -> str:
         read = many * plan.source / cost * BUSY
         stored = " to ".join(dict.fromkeys(human_bytes(plan.rows * size) for size in plan.stored))
         lines.append(
-            f"| {plan.name} | {plan.rows:,} | {human_bytes(plan.rows * plan.source)} | "
-            f"{hours:,.1f} | {_time(hours / few)} | {_time(hours / many)} | "
-            f"{human_bytes(read)}/s | {stored} |"
-            + (f" {fed[plan.name]:,.0f} CPUs |" if reads else "")
+            f"| {plan.name} | {hours:,.1f} | {_time(hours / few)} | {_time(hours / many)} | "
+            f"{human_bytes(read)}/s | {stored} | {_reading(plan, held, kept)} |"
+            + (f" {fed[plan.name]:,.0f} |" if reads else "")
         )
-    lines += ["", *_fed(fed, scaling), "", *_reading(readers)]
+    lines += ["", *_fed(fed)]
     cores = GPU_ROWS * load
     lines += [
-        "",
-        "The spool exists only while a tokenizer is trained.",
         "",
         f"Training on JPEG images of 224 x 224 ({cell / 1024:.1f} KiB each, 64 measured) takes "
         f"{load * 1e3:.2f} ms of a core per row. A GPU that processes {GPU_ROWS:,} rows per second "
@@ -162,52 +154,36 @@ def tables(folder: Path = RESULTS) -> str:
         "",
         "Assumptions:",
         "",
-        f"- A CPU processes rows {BUSY:.0%} of the time. Start-up and the reading task are not "
-        "included.",
+        f"- A CPU processes rows {BUSY:.0%} of the time, without start-up and the reading task.",
         f"- A photograph of 224 x 224 takes {PICTURE[0] / 1e3:.0f} to {PICTURE[1] / 1e3:.0f} KB as "
-        "JPEG. No corpus of photographs was available.",
+        "JPEG; none was available.",
         *(f"- {plan.name}: {plan.why}." for plan in CORPORA),
     ]
     return "\n".join(lines)
 
 
-def _fed(fed: dict[str, float], scaling: Path | None) -> list[str]:
-    """How far a prepare grows with CPUs, in words; ``fed`` is the most that it can use."""
-    if scaling is None:
+def _fed(fed: dict[str, float]) -> list[str]:
+    """State the spool and how many CPUs each corpus can use; ``fed`` is their number."""
+    if not fed:
         return ["How many CPUs the reading task of a corpus can feed was not measured."]
-    grown = [
-        f"{float(row['value']):.2f} times with {row['measured'].removeprefix('prepare, ')}"
-        for row in read_csv_rows(scaling)
-        if row["unit"] == "times as fast"
-    ]
     slow = {name: math.ceil(256 / cpus) for name, cpus in fed.items() if cpus < 256}
     parts = ", ".join(f"{count} of {name}" for name, count in slow.items())
     return [
-        "The last column is the number of CPUs that the reading task can supply; the times use at "
-        "most this number. "
-        + (f"To use 256 CPUs, divide the corpus: {parts}. " if parts else "")
-        + (f"Measured speedups against one CPU: {'; '.join(grown)}." if grown else "")
+        "The spool exists only while a tokenizer is trained. *Max CPUs* is the number that the "
+        "reading task can supply; the times use at most it."
+        + (f" To use 256 CPUs, divide the corpus: {parts}." if parts else "")
     ]
 
 
-def _reading(readers: Path) -> list[str]:
-    """The table of what the reading task of each corpus holds and spools."""
-    held, kept = measured(readers, "bytes/row"), measured(readers, "bytes/row on disk")
-    lines = [
-        "| the reading task of | bytes per row | memory, all rows | spooled bytes per row | "
-        "spool on disk |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for plan in CORPORA:
-        if plan.reader:
-            row, spool = held[f"read, {plan.reader}"], kept[f"spool, {plan.reader}"]
-            learns = plan.kind != "sound"  # transcripts are encoded as characters
-            all_rows = human_bytes(plan.rows * row) if row >= 1 else "does not grow"
-            lines.append(
-                f"| {plan.name} | {row:,.0f} | {all_rows} | "
-                + (f"{spool:,.0f} | {human_bytes(plan.rows * spool)} |" if learns else "– | none |")
-            )
-    return lines
+def _reading(plan: Plan, held: dict[str, float], kept: dict[str, float]) -> str:
+    """Return the cells for the memory of a reading task and its spool on disk."""
+    if not plan.reader:
+        return "– | –"
+    row = held[f"read, {plan.reader}"]
+    memory = human_bytes(plan.rows * row) if row >= 1 else "constant"
+    if plan.kind == "sound":  # transcripts are encoded as characters, so no tokenizer is trained
+        return f"{memory} | none"
+    return f"{memory} | {human_bytes(plan.rows * kept[f'spool, {plan.reader}'])}"
 
 
 def units_measured(kind: str) -> float:

@@ -31,8 +31,7 @@ def results(tmp_path: Path) -> Path:
 
 def test_hours_follow_from_the_cost_of_a_row(results: Path) -> None:
     text = scale_table.tables(results)
-    plan = text.partition("| the reading task")[0]
-    rows = {line.split(" | ")[0].strip("| "): line for line in plan.splitlines() if "|" in line}
+    rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if "|" in line}
     # 210,000 x 10 ms / 80 % = 0.73 hours; 100 million of them are 347.
     assert "| 0.7 |" in rows["AIC-ICC"]
     assert "| 347.2 | 21.7 h | 1.4 h |" in rows["Wukong"]
@@ -52,10 +51,11 @@ def test_every_assumption_is_printed(results: Path) -> None:
 
 def test_pictures_and_clips_are_a_range_and_reading_is_stated(results: Path) -> None:
     text = scale_table.tables(results)
-    rows = [line for line in text.splitlines() if line.startswith("| Wukong ")]
-    assert rows[0].endswith("| 931.3 GiB to 2.7 TiB |")  # of 10 and 30 KB
-    assert rows[1] == "| Wukong | 200 | 18.6 GiB | 500 | 46.6 GiB |"
-    assert "| AISHELL-1 | 200 | 27.0 MiB | – | none |" in text
+    rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if "|" in line}
+    # Of 10 and 30 KB a row; 200 bytes are held and 500 spooled.
+    assert rows["Wukong"].endswith("| 931.3 GiB to 2.7 TiB | 18.6 GiB | 46.6 GiB |")
+    assert rows["AISHELL-1"].endswith("| 27.0 MiB | none |")
+    assert rows["CodeSearchNet, Python"].endswith("| – | – |")
 
 
 def test_a_clip_of_the_plan_is_stored_as_the_plan_says() -> None:
@@ -68,16 +68,14 @@ def test_a_corpus_uses_no_more_cpus_than_its_reading_task_feeds(results: Path) -
     costs = {"aishell1": 1e-4, "aic_icc": 1e-4, "vatex": 1e-3, "codesearchnet": 1e-5,
              "webdataset": 1e-4}  # fmt: skip
     reads = [Result(f"reading rows, {name}", "", "s/row", v, v, v) for name, v in costs.items()]
-    reads.append(Result("prepare, image, 2 CPUs", "1 CPU", "times as fast", 1.9, 1.9, 1.9))
     write("prepare-scaling", reads, 1, results)
     text = scale_table.tables(results)
     rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines()[::-1]}
     # 10 ms to prepare, 0.1 ms to read: a hundred CPUs, and 347 hours take 3.5 on 256 of them.
     assert "| 347.2 | 21.7 h | 3.5 h |" in rows["Wukong"]
-    assert rows["Wukong"].endswith("| 100 CPUs |")
+    assert rows["Wukong"].endswith("| 100 |")
     assert "3 of Wukong" in text
-    assert "| 250 CPUs |" in rows["VATEX"]
-    assert "1.90 times with image, 2 CPUs" in text
+    assert rows["VATEX"].endswith("| 250 |")
     assert "was not measured" not in text
 
 
