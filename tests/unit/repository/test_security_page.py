@@ -23,7 +23,6 @@ def test_the_tests_of_the_threat_model_exist() -> None:
 
 def test_every_bullet_of_the_threat_model_names_a_test() -> None:
     bullets = re.findall(r"^- .*\n(?:  .*\n)*", PAGE, re.MULTILINE)
-    assert len(bullets) > 150
-    assert [
-        each for each in bullets if not re.search(r":\s+`test_\w+\.py::test_\w+`\n$", each)
-    ] == []
+    assert len(bullets) > 100
+    named = re.compile(r":(,?\s+`test_\w+\.py::test_\w+`)+\n$")
+    assert [each for each in bullets if not named.search(each)] == []
