@@ -14,7 +14,7 @@ from tools.docs.page_marks import put
 
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 HEAD = (
-    "| fault | runs: nodes/Ray/no Ray | resumes | steps repeated, max "
+    "| fault | runs: nodes/Ray/no Ray | resumes alone | steps repeated, max "
     "| recovery in s: median (max) |\n"
     "|---|---:|---|---:|---:|"
 )
@@ -61,8 +61,8 @@ def _line(fault: str, rows: Sequence[dict[str, str]]) -> str:
     again = max(int(row["lost_steps"]) for row in rows)
     seconds = [float(row["recovery_seconds"]) for row in rows]
     took = f"{statistics.median(seconds):.0f} ({max(seconds):.0f})"
-    recovered = {row["recovered"].replace("by itself", "automatically") for row in rows}
-    return f"| {fault} | {tried} | {' or '.join(sorted(recovered))} | {again} | {took} |"
+    alone = {"yes" if row["recovered"] == "by itself" else "no" for row in rows}
+    return f"| {fault} | {tried} | {'/'.join(sorted(alone))} | {again} | {took} |"
 
 
 def _losses(rows: Sequence[dict[str, str]]) -> list[str]:

@@ -149,8 +149,7 @@ def tables(folder: Path = RESULTS) -> str:
         f"Training on JPEG images of 224 x 224 ({cell / 1024:.1f} KiB each, 64 measured) takes "
         f"{load * 1e3:.2f} ms of a core per row. A GPU that processes {GPU_ROWS:,} rows per second "
         f"needs {cores:.1f} cores, and {'does not wait' if cores < GPU_CPUS else 'waits'} beside "
-        f"{GPU_CPUS}. For photographs it reads {human_bytes(GPU_ROWS * PICTURE[0])}/s to "
-        f"{human_bytes(GPU_ROWS * PICTURE[1])}/s.",
+        f"{GPU_CPUS}.",
         "",
         "Assumptions:",
         "",
