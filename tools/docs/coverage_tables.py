@@ -13,15 +13,17 @@ from lab.study_coverage import format_markdown
 from tools.docs.page_marks import put
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "comparison.md"
-#: Marks of a table -> end of the names of its CSVs.
+#: Marks of a table -> part of the designs that the page omits, because a harder one is beside them.
 TABLES = {
-    name: f"-{name}.csv" for name in ("study-coverage", "fold-coverage", "difference-coverage")
+    "study-coverage": "by unit, equal spreads",
+    "fold-coverage": "spreads",
+    "difference-coverage": "effect 1, equal spreads",
 }
 
 
 def find_newest(name: str) -> Path:
-    """Return the newest CSV of a table."""
-    return max(RESULTS.glob(f"*{TABLES[name]}"))
+    """Return the newest CSV of a table, whose name ends with that of its marks."""
+    return max(RESULTS.glob(f"*-{name}.csv"))
 
 
 def render_table(path: Path) -> str:
@@ -30,7 +32,8 @@ def render_table(path: Path) -> str:
     Args:
         path: CSV, whose name begins with the date.
     """
-    rows = read_csv_rows(path)
+    omitted = next(part for name, part in TABLES.items() if path.stem.endswith(name))
+    rows = [row for row in read_csv_rows(path) if omitted not in row["design"]]
     studies = int(rows[0]["studies"])
     note = f"{studies:,} studies per design, {path.name[:10]}, `{path.name}`."
     return f"{format_markdown(rows)}\n\n{note}"

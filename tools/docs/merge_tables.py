@@ -47,13 +47,10 @@ def merge_page_text(folder: Path) -> str:
             f"(digest {first['base']}); CPU, {first['machine']}, {first['date'][:10]}.",
             _describe_outputs(scores),
             "**The new tasks.** Mean over seeds (95 % interval over seeds and held-out units), and "
-            "`merged` minus the row, in points; *equal* is the same outcome of every row in every "
-            "seed:",
+            "`merged` minus the row, in points; *equal* is the same outcome of every row:",
             _tabulate_new(summary, old),
-            "**The tasks of the base.** Mean over seeds; *equal* is the score of the base in every "
-            "seed:",
             _tabulate_old(scores, old),
-            f"All figures of each seed: [{folder.name}](../../lab/results/{folder.name}).",
+            f"Each seed: [{folder.name}](../../lab/results/{folder.name}).",
         ]
     )
 
@@ -95,9 +92,11 @@ def _tabulate_new(summary: TextRows, old: set[str]) -> str:
 
 
 def _tabulate_old(scores: TextRows, old: set[str]) -> str:
+    """Return the scores of arms that change a task of the base, and name the other arms."""
     kept = [row for row in scores if row["task"] in old]
     arms = [arm for arm in dict.fromkeys(row["arm"] for row in kept) if arm != BASE]
     cells = []
+    changed = set()
     for task, split, metric in dict.fromkeys((r["task"], r["split"], r["metric"]) for r in kept):
         values: dict[str, dict[str, float]] = {}
         for row in kept:
@@ -106,10 +105,18 @@ def _tabulate_old(scores: TextRows, old: set[str]) -> str:
         where = "" if split == "test" else f", {split.removeprefix('test_').replace('_', ' ')}"
         line = [f"`{task}`{where}, {metric_label(metric)}", _mean(metric, values[BASE])]
         for arm in arms:
-            same = all(values[BASE][seed] == value for seed, value in values[arm].items())
-            line.append("equal" if same else _mean(metric, values[arm]))
+            line.append(_mean(metric, values[arm]))
+            if any(values[BASE][seed] != value for seed, value in values[arm].items()):
+                changed.add(arm)
         cells.append(line)
-    return markdown_table(["task and metric", BASE, *arms], cells)
+    head = ["task and metric", BASE, *arms]
+    places = [n for n, name in enumerate(head) if name not in arms or name in changed]
+    lines = [[line[n] for n in places] for line in cells]
+    same = ", ".join(f"`{arm}`" for arm in arms if arm not in changed)
+    return (
+        f"**The tasks of the base.** Mean over seeds. These arms have the score of the base in "
+        f"every seed: {same or 'none'}.\n\n{markdown_table([head[n] for n in places], lines)}"
+    )
 
 
 def _mean(metric: str, by_seed: dict[str, float]) -> str:

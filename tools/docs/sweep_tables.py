@@ -7,10 +7,9 @@ the newest of each name. What the tables say is computed from the kept ``trials.
 """
 
 import argparse
-import math
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,7 +22,6 @@ from skillnet_evidence.effects import ScoredTrial, build_effects_table, estimate
 from skillnet_platform.tables import write_csv
 from tools.docs.kept_results import keep
 from tools.docs.page_marks import put
-from tools.docs.quickstart_tables import seed_interval
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "sweeps.md"
 TRIALS = "trials.csv"
@@ -62,30 +60,18 @@ def newest(results: Path = RESULTS) -> dict[str, Path]:
     return dict(sorted((_name(folder), folder) for folder in found))
 
 
-def ranking(rows: Rows, keys: Sequence[str], plain: Mapping[str, Any]) -> str:
-    """Markdown: a line a configuration, best first; scores in per cent, over seeds.
+def describe_scores(rows: Rows) -> str:
+    """Return the lowest and the highest mean score of a configuration, in per cent.
 
     Args:
         rows: records of the trials; those that did not finish do not count.
-        keys: columns of settings.
-        plain: key -> value where a configuration leaves it as the run has it.
     """
-    groups: dict[str, list[dict[str, str]]] = defaultdict(list)
+    groups: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         if row["status"] == "finished":
-            groups[row["group"]].append(row)
-    order = sorted(groups.values(), key=lambda members: -_mean(members, "score"))
-    heads = [*(_short(key) for key in keys), "score (95 % interval)", "M active"]
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(keys)}{'---:|' * 2}"]
-    for members in order:
-        scores = [100 * float(row["score"]) for row in members]
-        cells = [
-            *(members[0][key] or str(plain.get(key, "")) for key in keys),
-            _with_interval(scores),
-            f"{_mean(members, 'activated_params') / 1e6:.2f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            groups[row["group"]].append(100 * float(row["score"]))
+    means = [fmean(scores) for scores in groups.values()]
+    return f"{len(means)} configurations score {min(means):.1f} to {max(means):.1f} %"
 
 
 def effects(rows: Rows, keys: Sequence[str]) -> str:
@@ -117,32 +103,19 @@ def text_of(folder: Path) -> str:
     counts = ", ".join(f"{ended.count(each)} {each}" for each in dict.fromkeys(ended))
     model, space, adjusted = run["model"], list(sweep["space"]), sweep["fixed_cost"]["adjust"]
     held = f", {adjusted} adjusted to equal cost" if adjusted else ""
-    shown = [*space, *([f"model.{adjusted}"] if adjusted else [])]
-    ranked = ranking(rows, shown, {f"model.{key}": value for key, value in model.items()})
     return (
         f"{len(rows)} trials ({counts}) of {run['training']['steps']:,} steps, seeds "
         f"{', '.join(map(str, sweep['seeds']))}; width {model['dim']}, {model['num_layers']} layers"
         f"{held}; {minutes:.0f} minutes of training in "
-        f"total, {rows[0]['machine']}, {rows[0]['date']}. Scores are per cent, on the validation "
-        f"splits; intervals are Student's t over seeds alone, on these rows.\n\n{ranked}\n\n"
-        "Effect of each setting, fitted over all finished trials:\n\n"
-        f"{effects(rows, space)}\n\n"
-        f"Files, with scores by task: [{folder.name}](../lab/results/{folder.name})."
+        f"total, {rows[0]['machine']}, {rows[0]['date']} "
+        f"([trials](../lab/results/{folder.name})). {describe_scores(rows)} on the validation "
+        f"splits. Effect of each setting, fitted over all finished trials:\n\n"
+        f"{effects(rows, space)}"
     )
 
 
 def _name(folder: Path) -> str:
     return folder.name.partition("-sweep-")[2]
-
-
-def _mean(rows: Rows, key: str) -> float:
-    return fmean(float(row[key]) for row in rows)
-
-
-def _with_interval(values: list[float]) -> str:
-    low, high = seed_interval(values)
-    reported = f"{fmean(values):.1f}"
-    return reported if math.isnan(low) else f"{reported} ({low:.1f} to {high:.1f})"
 
 
 def _short(key: str) -> str:
