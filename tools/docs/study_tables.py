@@ -32,7 +32,7 @@ PAGES = ROOT / "docs" / "results"
 FINAL_PAGE, BESIDE_PAGE = PAGES / "final.md", PAGES / "beside.md"
 
 #: Facts that are the same on each day. The pages state machine and precision once.
-FACTS = ("runs at commit", "runs evaluated")
+FACTS = ("runs evaluated",)
 NOT_COMPLETE = "*Not complete yet.*"
 CLAIMS, SCORES, DIFFERENCES = "Claims", "Results on held-out rows", "Differences from the reference"
 
@@ -59,7 +59,7 @@ class StudyBlock:
 
 
 #: Columns that repeat another one or the preregistration. The report has them.
-OMITTED = ("asked", "relative to specialists", "rows per second")
+OMITTED = ("asked", "relative to specialists", "training", "pretraining", "rows per second")
 #: Marks of the table of differences at the rates of both studies.
 RATE_CHANGES = "rate-changes"
 

@@ -35,7 +35,7 @@ def test_a_block_shows_the_answer_and_its_tables(tmp_path: Path) -> None:
     folder = keep_study(tmp_path, "final", systems, stated={"skills": CLAIM})
     text = render_block(FINAL, tmp_path / "results")
     assert "Skills help" in text
-    assert "3 systems, 3 replicates each, 5 tasks, 9 runs. runs at commit 0123456789ab" in text
+    assert "3 systems, 3 replicates each, 5 tasks, 9 runs. runs evaluated " in text
     titles = [line[5:] for line in text.splitlines() if line.startswith("#### ")]
     assert titles == ["Claims", study_tables.SCORES, study_tables.DIFFERENCES, "Cost"]
     assert "| moe − skillnet |" in text
