@@ -197,7 +197,7 @@ def shorten_table(table: ReportTable, tasks: Sequence[str] = ()) -> ReportTable:
         n
         for n, name in enumerate(table.columns)
         if name not in OMITTED
-        and (name == "verdict" or len({row[n].text for row in rows} - {"–"}) > 1)
+        and (name == "verdict" or len(rows) < 2 or len({row[n].text for row in rows} - {"–"}) > 1)
     ]
     cells = [[row[n] for n in kept] for row in rows]
     return replace(table, columns=[table.columns[n] for n in kept], rows=cells, caption="")
