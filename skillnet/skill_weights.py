@@ -106,9 +106,9 @@ class SkillWeights(nn.Module):
         #: Low-rank skill -> its form, of matrices only.
         self.forms: dict[str, LowRankSkill] = {}
         # (skills, dtype) -> (versions of the parts, merged weight); filled only in inference.
-        self._merged: dict[tuple[Skills, torch.dtype], tuple[tuple[int, ...], Tensor]] = {}
+        self._merged: dict[tuple[Skills, torch.dtype], tuple[list[int], Tensor]] = {}
         # skills -> (versions of the parts, whether the weights are equal); only in inference.
-        self._copies: dict[Skills, tuple[tuple[int, ...], bool]] = {}
+        self._copies: dict[Skills, tuple[list[int], bool]] = {}
         # A difference follows its source.
         for name in sorted(skills, key=lambda name: _count_sources(name, forms)):
             self.add(name, form=forms.get(name))
@@ -219,13 +219,15 @@ class SkillWeights(nn.Module):
 
     def _read_parameters(self, skills: Skills) -> list[Tensor]:
         """Return the parameters that the weights of some skills are computed from."""
-        found = []
+        # Every product of every pass asks this, and an attribute of a module is found slowly.
+        weights, found = self.weights, []
         for name in skills:
-            self._require(name)
             while name in self.forms:
                 found += [self.left[name], self.right[name]]
                 name = self.forms[name].source
-            found.append(self.weights[name])
+            if name not in weights:
+                self._require(name)
+            found.append(weights[name])
         return found
 
     @property
@@ -255,11 +257,7 @@ class SkillWeights(nn.Module):
                 return self._merge(skills, dtype)
             return step.get(self, skills, dtype, lambda plans: self._merge_rounded(plans, dtype))
         parts = self._read_parameters(skills)
-        # An in-place update raises _version, and load_state_dict may replace the storage.
-        if any(part.is_inference() for part in parts):  # these tensors have no version counter
-            return self._merge(skills, dtype)
-        key = skills, dtype
-        return _remember(self._merged, key, parts, lambda: self._merge(skills, dtype))
+        return _remember(self._merged, (skills, dtype), parts, lambda: self._merge(skills, dtype))
 
     def has_copies(self, skills: Skills) -> bool:
         """Return whether some skills have equal weights, as copies of one have.
@@ -273,7 +271,7 @@ class SkillWeights(nn.Module):
             ValueError: an unknown skill.
         """
         parts = self._read_parameters(skills)
-        if any(part.is_inference() for part in parts):  # these tensors have no version counter
+        if any(part.is_inference() for part in parts):
             return False
 
         def are_equal() -> bool:
@@ -344,13 +342,18 @@ def _count_sources(name: str, forms: Forms) -> int:
 
 
 def _remember(
-    kept: dict[Key, tuple[tuple[int, ...], Value]],
+    kept: dict[Key, tuple[list[int], Value]],
     key: Key,
     parts: list[Tensor],
     compute: Callable[[], Value],
 ) -> Value:
     """Return a value that is computed from some weights, and kept until one of them changes."""
-    versions = tuple(x for part in parts for x in (part._version, part.data_ptr()))
+    # An in-place update raises _version, and load_state_dict may replace the storage.
+    versions: list[int] = []
+    for part in parts:
+        if part.is_inference():  # has no version counter
+            return compute()
+        versions += (part._version, part.data_ptr())
     found = kept.get(key)
     if found is None or found[0] != versions:
         found = kept[key] = versions, compute()

@@ -180,11 +180,17 @@ class Objective:
 
     def load_head(self) -> Any:
         """Return the class of the head; importing it imports torch."""
-        return pkgutil.resolve_name(self.head)
+        return _resolve_name(self.head)
 
     def load_baseline(self) -> Callable[[Any], dict[str, Any]] | None:
         """Return the function that measures the simple baselines, None if there is none."""
-        return pkgutil.resolve_name(self.baseline) if self.baseline else None
+        return _resolve_name(self.baseline) if self.baseline else None
+
+
+@cache
+def _resolve_name(name: str) -> Any:
+    # Each pass of a model asks for its head.
+    return pkgutil.resolve_name(name)
 
 
 _BASELINES = "pipelines.training.evaluation.simple_baselines"
