@@ -307,17 +307,13 @@ def test_prepare_by_plain_job_submission_and_by_ours(
     assert "upload: " in again["log"]
 
 
-def two_hosts(hosts: dict[str, Host], cluster: str, name: str, steps: int) -> str:
-    """The file of a run with a worker on each host, from the store and into it."""
-    config = small_config(Path(), workers=2, placement_strategy="strict_spread", steps=steps)
-    config.name, config.data, config.tracking.register = name, CORPORA, False
-    config.run_dir = RUNS
-    return give(hosts["client"], cluster, f"{name}.yaml", configuration.to_dict(config))
-
-
 def test_training_on_two_hosts(hosts: dict[str, Host], cluster: str) -> None:
     client = hosts["client"]
-    path = two_hosts(hosts, cluster, "two-hosts", steps=6)
+    # A worker on each host, from the store and into it.
+    config = small_config(Path(), workers=2, placement_strategy="strict_spread", steps=6)
+    config.name, config.data, config.tracking.register = "two-hosts", CORPORA, False
+    config.run_dir = RUNS
+    path = give(client, cluster, "two-hosts.yaml", configuration.to_dict(config))
     done = submit(client, *tracked(hosts), "finetune", "--config", path)
     assert done["exit_code"] == 0, done["log"]
     trained = json.loads(stored(client, "runs/two-hosts/trained.json"))
@@ -333,32 +329,19 @@ def test_training_on_two_hosts(hosts: dict[str, Host], cluster: str) -> None:
         assert int(cached) > 0, name
 
 
-def test_training_on_two_hosts_by_plain_job_submission(
-    hosts: dict[str, Host], cluster: str
-) -> None:
-    path = two_hosts(hosts, cluster, "plain", steps=2)
-    said = plain(hosts["client"], credentials(hosts), "finetune", "--config", path)
-    trained = json.loads(stored(hosts["client"], "runs/plain/trained.json"))
-    assert (trained["world"], trained["step"]) == (2, 2), said
-
-
-def small_sweep(hosts: dict[str, Host], cluster: str, name: str, steps: int) -> str:
-    """The file of a sweep of two trials, each of which takes all cores of a host."""
-    config = small_config(Path(), steps=steps, workers=1)
+def test_a_sweep_continues_without_the_client(hosts: dict[str, Host], cluster: str) -> None:
+    client = hosts["client"]
+    # Two trials, each of which takes all cores of a host.
+    config = small_config(Path(), steps=4, workers=1)
     config.data, config.tracking.register = CORPORA, False
-    sweep = {
-        "name": name,
+    body = {
+        "name": "sweep",
         "run_dir": RUNS,
         "run": configuration.to_dict(config) | {"name": None},
         "space": {"training.lr": {"choice": [0.001, 0.003]}},
         "resources": {"cpus": len(os.sched_getaffinity(0))},
     }
-    return give(hosts["client"], cluster, f"{name}.yaml", sweep)
-
-
-def test_a_sweep_continues_without_the_client(hosts: dict[str, Host], cluster: str) -> None:
-    client = hosts["client"]
-    path = small_sweep(hosts, cluster, "sweep", steps=4)
+    path = give(client, cluster, "sweep.yaml", body)
     words = (*tracked(hosts), "sweep", "--config", path)
     with occupied_head(client, LATE_S):
         follower = client.start(
@@ -383,13 +366,6 @@ def test_a_sweep_continues_without_the_client(hosts: dict[str, Host], cluster: s
         assert stored(client, f"runs/sweep/trials/{each}/reports.jsonl")
 
 
-def test_a_sweep_by_plain_job_submission(hosts: dict[str, Host], cluster: str) -> None:
-    path = small_sweep(hosts, cluster, "plain-sweep", steps=2)
-    said = plain(hosts["client"], credentials(hosts), "sweep", "--config", path)
-    result = json.loads(stored(hosts["client"], "runs/plain-sweep/result.json"))
-    assert result["counts"]["finished"] == 2, said
-
-
 def test_the_pages_of_the_runs_through_a_tunnel(hosts: dict[str, Host], cluster: str) -> None:
     client = hosts["client"]
     words = ("tracker", "--port", "5001", "--store", TRACKS)
@@ -408,7 +384,7 @@ def test_the_pages_of_the_runs_through_a_tunnel(hosts: dict[str, Host], cluster:
     kind = ("-H", "Content-Type: application/json", "-d", asked)
     runs = json.loads(until_it_answers(client, f"{api}/runs/search", *kind))["runs"]
     ended = {run["info"]["run_name"]: run["info"]["status"] for run in runs}
-    names = ("two-hosts", "plain", "sweep", "plain-sweep", "000-seed0", "001-seed0")
+    names = ("two-hosts", "sweep", "000-seed0", "001-seed0")
     assert ended == dict.fromkeys(names, "FINISHED")
     # Every evaluation and step of every host came to the tracker of the head.
     two = next(run["data"] for run in runs if run["info"]["run_name"] == "two-hosts")
