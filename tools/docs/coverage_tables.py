@@ -13,11 +13,11 @@ from lab.study_coverage import format_markdown
 from tools.docs.page_marks import put
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "comparison.md"
-#: Marks of a table -> part of the designs that the page omits, because a harder one is beside them.
+#: Marks of a table -> parts of designs that the page omits, because a harder one is beside them.
 TABLES = {
-    "study-coverage": "by unit, equal spreads",
-    "fold-coverage": "spreads",
-    "difference-coverage": "effect 1, equal spreads",
+    "study-coverage": ("by unit, equal spreads",),
+    "fold-coverage": ("spreads", "effect 0"),
+    "difference-coverage": ("equal spreads", " 5 seeds"),
 }
 
 
@@ -32,8 +32,10 @@ def render_table(path: Path) -> str:
     Args:
         path: CSV, whose name begins with the date.
     """
-    omitted = next(part for name, part in TABLES.items() if path.stem.endswith(name))
-    rows = [row for row in read_csv_rows(path) if omitted not in row["design"]]
+    omitted = next(parts for name, parts in TABLES.items() if path.stem.endswith(name))
+    rows = [
+        row for row in read_csv_rows(path) if not any(part in row["design"] for part in omitted)
+    ]
     studies = int(rows[0]["studies"])
     note = f"{studies:,} studies per design, {path.name[:10]}, `{path.name}`."
     return f"{format_markdown(rows)}\n\n{note}"
