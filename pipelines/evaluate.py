@@ -116,6 +116,7 @@ def evaluate_trained_model(config: EvaluateConfig) -> EvaluationResult:
             seed=source.seed,
             corpora=corpora,
             limits=source.limits,
+            metrics=source.metrics,
             steps=source.steps,
             precision=config.precision,
             bootstrap_samples=config.bootstrap_samples,

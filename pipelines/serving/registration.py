@@ -15,7 +15,7 @@ from pipelines.data.shards.dataset import open_corpus
 from pipelines.serving import bundle
 from pipelines.serving.predictor import DEFAULT_TOP
 from pipelines.training.evaluation.evaluator import evaluate_model, locate_task_corpus
-from pipelines.training.evaluation.tables import find_row, primary_metric, run_description
+from pipelines.training.evaluation.tables import find_ranked_row, run_description
 from pipelines.training.evaluation.weak_tests import find_weak_tests
 from pipelines.training.runs import model_source
 from pipelines.training.runs.model_source import ModelSource
@@ -114,6 +114,7 @@ def register_model(
                     seed=source.seed,
                     corpora=source.corpora,
                     limits=source.limits,
+                    metrics=source.metrics,
                     steps=source.steps,
                     bootstrap_samples=bootstrap_samples,
                 )
@@ -322,7 +323,7 @@ def _bundle_place() -> Path:
 def registry_metrics(
     rows: Sequence[dict[str, Any]], tasks: Mapping[str, Any], manifest: Mapping[str, Any]
 ) -> dict[str, MetricEstimate]:
-    """Return the primary metric of each task on ``test``, for the promotion decision.
+    """Return the metric of each task that ranks its models, on ``test``, for the promotion.
 
     Args:
         rows: evaluation rows of the model.
@@ -331,13 +332,12 @@ def registry_metrics(
     """
     estimates: dict[str, MetricEstimate] = {}
     for task, spec in tasks.items():
-        metric, higher_is_better = primary_metric(spec.objective)
-        row = find_row(rows, task, metric)
+        row, metric = find_ranked_row(rows, task, spec.objective)
         if row is not None:
             # Promotion compares a metric only with one of the same corpus (decision 4).
             data = manifest["tasks"][task]["corpus_digest"]
             estimates[task] = MetricEstimate(
-                metric, row["value"], row["low"], row["high"], higher_is_better, data
+                metric.name, row["value"], row["low"], row["high"], metric.higher_is_better, data
             )
     return estimates
 

@@ -66,6 +66,11 @@ class NamedMetric:
         is_rate = self.bounds == (0.0, math.inf) and self.name.endswith("rate")
         return "error_rate" if is_rate else "free"
 
+    @property
+    def is_score(self) -> bool:
+        """Whether the metric, or 1 - metric where lower is better, is a score of at most 1."""
+        return self.bounds[1] <= 1.0 if self.higher_is_better else self.scale != "free"
+
 
 @dataclass(frozen=True)
 class RowMetric:
@@ -76,7 +81,8 @@ class RowMetric:
         metric: name, label, direction and bounds.
         score_rows: function, or its ``module:name``, of (predictions, targets) as in
             :meth:`skillnet.objectives.heads.TaskHead.score_rows`; returns numerator and
-            denominator of each row, (N,) each. The metric is the ratio of their sums.
+            denominator of each row, (N,) each. The metric is the ratio of their sums. Runs are
+            compared by it only if the denominators do not depend on the predictions.
     """
 
     objective: str
@@ -142,8 +148,20 @@ class Objective:
 
     @property
     def primary(self) -> NamedMetric:
-        """Metric that models are compared by."""
+        """Metric that models are compared by, unless their task chooses another one."""
         return self.metrics[0]
+
+    def compared_metric(self, chosen: str | None) -> NamedMetric:
+        """Return the metric of the rows of a task, which comparisons of rows use.
+
+        Only a metric of another package is known to be a ratio of sums over rows. Their scores are
+        averaged, so one that is no score leaves the comparison to the primary metric.
+
+        Args:
+            chosen: name of the metric that ranks models of the task; None for the primary one.
+        """
+        scores = {each.metric.name: each.metric for each in self.further if each.metric.is_score}
+        return self.primary if chosen is None else scores.get(chosen, self.primary)
 
     @property
     def target_columns(self) -> tuple[str, ...]:

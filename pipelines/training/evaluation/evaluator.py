@@ -32,7 +32,7 @@ from pipelines.training.evaluation.inference import (
     split_inputs,
 )
 from pipelines.training.evaluation.outcomes import OutcomeTable
-from pipelines.training.evaluation.tables import COLUMNS, METRICS, sort_rows
+from pipelines.training.evaluation.tables import COLUMNS, find_metric, mark_ranked_row, sort_rows
 from pipelines.training.loading.task_columns import (
     is_row_tower,
     take_targets,
@@ -80,6 +80,7 @@ def evaluate_model(
     seed: int = 0,
     corpora: Mapping[str, str] | None = None,
     limits: Mapping[str, int | None] | None = None,
+    metrics: Mapping[str, str | None] | None = None,
     system: str | None = None,
     steps: int | None = None,
     precision: str = "auto",
@@ -103,6 +104,8 @@ def evaluate_model(
         seed: seed of the run, copied into the rows, and seed of the bootstrap.
         corpora: task -> corpus; other tasks use the built-in corpus.
         limits: task -> maximum length of the corpus' own modality, as in training.
+        metrics: task -> name of the metric that ranks its models, whose rows get a ``score``; None
+            for the primary one, as for a name that is not measured.
         system: name of the system in the rows; None uses the model's name.
         steps: training steps, copied into the rows.
         precision: see :class:`pipelines.training.evaluation.inference.InferenceRunner`.
@@ -138,19 +141,19 @@ def evaluate_model(
             evaluated.add(split_name)
             if on_split is not None:
                 on_split(name, split_name, split.rows)
-            limit = (limits or {}).get(name)
+            limit, chosen = (limits or {}).get(name), (metrics or {}).get(name)
             if find_objective(spec.objective).hides_inputs:
                 values, lengths = measure_hidden(runner, name, corpus, split_name, masks, limit)
-                metrics = {}
+                found = {}
                 if runner.ranks.is_first:
                     units = read_unit_numbers(split.table(), f"{corpus.name}/{split_name}")
                     intervals = MetricIntervals(seed, bootstrap_samples, units)
-                    metrics = {
-                        metric: intervals.mean(values_N, METRICS[metric].scale)
+                    found = {
+                        metric: intervals.mean(values_N, find_metric(metric).scale)
                         for metric, values_N in values.items()
                     }
             else:
-                metrics, lengths = measure_split(
+                found, lengths = measure_split(
                     runner,
                     name,
                     split,
@@ -159,12 +162,13 @@ def evaluate_model(
                     seed=seed,
                     bootstrap_samples=bootstrap_samples,
                     outcomes=outcomes,
+                    chosen=chosen,
                     all_captions=uses_all_captions(corpus),
                 )
             # Splits differ in the length of their rows, so the cost is computed for each of them.
             cost = account_task(model, name, lengths)
-            rows += tidy_rows(
-                metrics,
+            split_rows = tidy_rows(
+                found,
                 system=system or model.system,
                 task=name,
                 seed=seed,
@@ -174,6 +178,8 @@ def evaluate_model(
                 flops_per_example=cost.flops_per_example,
                 steps=steps,
             )
+            mark_ranked_row(split_rows, spec.objective, chosen)
+            rows += split_rows
     # A corpus may lack a split that others have, but a name that no corpus has is an error.
     missing = sorted(set(splits or ()) - evaluated)
     if missing or not evaluated:
@@ -194,6 +200,7 @@ def measure_split(
     seed: int = 0,
     bootstrap_samples: int = 1000,
     outcomes: OutcomeTable | None = None,
+    chosen: str | None = None,
     all_captions: bool = False,
 ) -> tuple[TaskMetrics, dict[str, int]]:
     """Measure one task on one split.
@@ -208,6 +215,7 @@ def measure_split(
         bootstrap_samples: resamples of the intervals of macro-F1 and median rank; 0 omits all
             intervals.
         outcomes: receives the outcome of every row.
+        chosen: name of the metric that ranks models of the task; None for the primary one.
         all_captions: make every caption of a row a query; otherwise only the first.
 
     Returns:
@@ -238,12 +246,16 @@ def measure_split(
     intervals = MetricIntervals(seed, bootstrap_samples, units)
     targets = read_targets(table, spec, where)
     found = head_class(spec).evaluate(spec, predictions, targets, intervals)
-    for further in find_objective(spec.objective).further:
+    objective = find_objective(spec.objective)
+    compared, shares = objective.compared_metric(chosen), (found.numerator, found.denominator)
+    for further in objective.further:
         numerator, denominator = further.load()(predictions, targets)
+        if further.metric == compared:
+            shares = numerator, denominator
         ratio = intervals.ratio(numerator, denominator, further.metric.scale)
         found = found.add(**{further.metric.name: cut_to_bounds(ratio, further.metric.bounds)})
     if outcomes is not None:
-        outcomes.add(task, split.name, found.numerator, found.denominator, found.rank, units)
+        outcomes.add(task, split.name, *shares, found.rank, units)
     return found.metrics, lengths
 
 

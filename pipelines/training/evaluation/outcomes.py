@@ -1,7 +1,8 @@
 """Outcomes of every test row, for row-by-row comparisons of systems.
 
-``outcomes.parquet`` has one line per row of every evaluated split. The primary metric of a task is
-sum(numerator) / sum(denominator) over the rows of a split:
+``outcomes.parquet`` has one line per row of every evaluated split. The metric of a task is
+sum(numerator) / sum(denominator) over the rows of a split. It is the primary one, or the one of
+another package that the task chooses:
 
 objective        numerator                                denominator
 classification   1 if the class is correct                1

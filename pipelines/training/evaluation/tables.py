@@ -46,9 +46,6 @@ COLUMNS = (
 #: One evaluation row, with the keys ``COLUMNS``.
 EvaluationRow = dict[str, Any]
 
-#: Metric -> its direction, bounds and label.
-METRICS = {metric.name: metric for each in list_objectives() for metric in each.metrics}
-
 #: Primary metric -> whether higher values are better.
 PRIMARY_METRICS = {each.primary.name: each.primary.higher_is_better for each in list_objectives()}
 
@@ -63,16 +60,6 @@ SCORED_METRICS = {
 SYSTEM_LABELS = {"chance": "chance", "simple_baseline": "simple baseline"}
 
 
-def primary_metric(objective: str) -> tuple[str, bool]:
-    """Return the primary metric of an objective, and whether higher values are better.
-
-    Args:
-        objective: kind of a task; also one of another package.
-    """
-    found = find_objective(objective).primary
-    return found.name, found.higher_is_better
-
-
 def score_metric(metric: str, value: float) -> float:
     """Return the score of a primary metric, in [0, 1], where higher is better.
 
@@ -84,6 +71,20 @@ def score_metric(metric: str, value: float) -> float:
         value: number that evaluation rows have for it.
     """
     return max(value if SCORED_METRICS[metric] else 1.0 - value, 0.0)
+
+
+def mark_ranked_row(rows: Sequence[EvaluationRow], objective: str, chosen: str | None) -> None:
+    """Give the row of the metric that a task chooses its ``score``; see :func:`find_ranked_row`.
+
+    Args:
+        rows: records of one task and split.
+        objective: kind of the task.
+        chosen: name of its metric; None for the primary one, whose score needs no mark.
+    """
+    known = {metric.name: metric for metric in find_objective(objective).metrics}
+    for row in rows:
+        if row["metric"] == chosen and chosen in known:
+            row["score"] = score_chosen(known[chosen], float(row["value"]))
 
 
 def score_chosen(metric: NamedMetric, value: float) -> float:
@@ -100,13 +101,23 @@ def score_chosen(metric: NamedMetric, value: float) -> float:
 
 
 def score_label(metric: str) -> str:
-    """Return the label of the score of a primary metric, of which a higher one is better.
+    """Return the label of the score of a metric, of which a higher one is better.
 
     Args:
         metric: name in evaluation rows.
     """
     label = metric_label(metric)
-    return label if SCORED_METRICS.get(metric, True) else f"1 − {label}"
+    return label if find_metric(metric).higher_is_better else f"1 − {label}"
+
+
+def find_metric(name: str) -> NamedMetric:
+    """Return the direction, bounds and label of a metric; an unknown one is a share.
+
+    Args:
+        name: as in evaluation rows.
+    """
+    known = (metric for each in list_objectives() for metric in each.metrics)
+    return next((metric for metric in known if metric.name == name), NamedMetric(name))
 
 
 def metric_label(metric: str) -> str:
@@ -116,8 +127,8 @@ def metric_label(metric: str) -> str:
         metric: name in evaluation rows.
     """
     base = metric.removeprefix("reverse_")
-    label = METRICS[base].label if base in METRICS else ""
-    return (label or base.replace("_", " ")) + (", X to text" if base != metric else "")
+    label = find_metric(base).label or base.replace("_", " ")
+    return label + (", X to text" if base != metric else "")
 
 
 def format_metric(metric: str, value: float | None) -> str:
@@ -134,7 +145,7 @@ def format_metric(metric: str, value: float | None) -> str:
 
 def _is_unscaled(metric: str) -> bool:
     """Return whether a metric is shown as a number, and not in per cent."""
-    return metric in METRICS and METRICS[metric].scale == "free"
+    return find_metric(metric).scale == "free"
 
 
 def format_value_with_interval(row: Mapping[str, Any]) -> str:
@@ -198,17 +209,16 @@ def summary_cells(
     columns += ["SkillNet (95 % interval)", "active"]
     cells = []
     for task in sort_rows(tasks):
-        metric, higher_is_better = primary_metric(tasks[task].objective)
-        own = find_row(rows, task, metric)
+        own, metric = find_ranked_row(rows, task, tasks[task].objective)
         # Masked tasks and tasks that were not requested have no row on the test split.
         if own is None:
             continue
-        compared = [find_row(baseline_rows, task, metric, system) for system in baselines]
+        compared = [find_row(baseline_rows, task, metric.name, system) for system in baselines]
         cells.append(
             [
                 task,
-                metric_label(metric) + (" ↑" if higher_is_better else " ↓"),
-                *(format_metric(metric, row["value"]) if row else "–" for row in compared),
+                metric_label(metric.name) + (" ↑" if metric.higher_is_better else " ↓"),
+                *(format_metric(metric.name, row["value"]) if row else "–" for row in compared),
                 format_value_with_interval(own),
                 f"{100 * own['activated_params'] / total_params:.0f} %",
             ]
@@ -227,8 +237,8 @@ def sort_rows(tasks: Iterable[str]) -> list[str]:
     return known + [name for name in names if name not in known]
 
 
-def format_primary_metrics(rows: Sequence[EvaluationRow], tasks: Mapping[str, Task]) -> str:
-    """Format the primary metric of each task in one line of Markdown.
+def format_ranked_metrics(rows: Sequence[EvaluationRow], tasks: Mapping[str, Task]) -> str:
+    """Format the metric of each task that ranks its models, in one line of Markdown.
 
     Args:
         rows: evaluation rows of the model.
@@ -236,11 +246,10 @@ def format_primary_metrics(rows: Sequence[EvaluationRow], tasks: Mapping[str, Ta
     """
     parts = []
     for task in sort_rows(tasks):
-        metric, _ = primary_metric(tasks[task].objective)
-        row = find_row(rows, task, metric)
+        row, metric = find_ranked_row(rows, task, tasks[task].objective)
         if row is not None:
-            value = format_metric(metric, row["value"])
-            parts.append(f"{task} {metric_label(metric)} **{value}**")
+            value = format_metric(metric.name, row["value"])
+            parts.append(f"{task} {metric_label(metric.name)} **{value}**")
     return ", ".join(parts)
 
 
@@ -269,11 +278,31 @@ def find_row(
     return None
 
 
+def find_ranked_row(
+    rows: Sequence[EvaluationRow], task: str, objective: str, split: str = "test"
+) -> tuple[EvaluationRow | None, NamedMetric]:
+    """Return the row of the metric that ranks models of a task, or None, and the metric.
+
+    It is the one that the run chose, which has a ``score``, else the primary one.
+
+    Args:
+        rows: records of one system.
+        task: name of the task.
+        objective: its kind.
+        split: name of the split.
+    """
+    metrics = find_objective(objective).metrics
+    found = [(find_row(rows, task, metric.name, split=split), metric) for metric in metrics]
+    chosen = [pair for pair in found if "score" in (pair[0] or {})]
+    return (chosen or found)[0]
+
+
 def flat_metrics(rows: Sequence[EvaluationRow]) -> dict[str, float]:
     """Return rows as MLflow metrics: ``text_to_image/test_recall_at_10`` -> value.
 
-    Of the test splits, only the primary metrics on ``test`` are here. MLflow draws a chart of each
-    metric, and a final figure would be a chart of one point. The CSV file has all, with bounds.
+    Of the test splits, only the primary and the chosen metrics on ``test`` are here. MLflow draws a
+    chart of each metric, and a final figure would be a chart of one point. The CSV file has all,
+    with bounds.
 
     Args:
         rows: evaluation rows of the model.
@@ -282,7 +311,7 @@ def flat_metrics(rows: Sequence[EvaluationRow]) -> dict[str, float]:
         name_metric(row["task"], row["split"], row["metric"]): float(row["value"])
         for row in rows
         if not row["split"].startswith("test")
-        or (row["split"] == "test" and row["metric"] in PRIMARY_METRICS)
+        or (row["split"] == "test" and (row["metric"] in PRIMARY_METRICS or "score" in row))
     }
 
 
@@ -319,7 +348,7 @@ def run_description(
         if weak_tests:
             place = "On test rows that prove little"
             parts += [f"**The test proves little.** {sentence}." for sentence in weak_tests]
-        parts.append(f"{place}: {format_primary_metrics(rows, config.tasks)}.")
+        parts.append(f"{place}: {format_ranked_metrics(rows, config.tasks)}.")
         parts += [
             "#### Test results",
             markdown_table(*summary_cells(rows, baseline_rows, config.tasks, total_params)),

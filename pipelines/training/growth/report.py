@@ -387,7 +387,7 @@ class TaskComparison:
         split: split of its corpus, such as ``test``.
         rows: number of rows in the split.
         is_identical: whether all outputs of all rows are equal to the bit.
-        metric: primary metric of the task.
+        metric: the one that ranks models of the task.
         before: its value in the model.
         after: its value in the merged model.
     """
@@ -487,5 +487,5 @@ class MergeReport(ChangeReport):
 
 def _loss(task: TaskComparison) -> float:
     """Return by how much a task became worse."""
-    higher_is_better = evaluation_tables.PRIMARY_METRICS[task.metric]
-    return task.before - task.after if higher_is_better else task.after - task.before
+    is_better = evaluation_tables.find_metric(task.metric).higher_is_better
+    return task.before - task.after if is_better else task.after - task.before

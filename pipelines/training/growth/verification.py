@@ -257,7 +257,8 @@ def _compare_transfer(
     spec: Task,
     settings: FinetuneConfig,
 ) -> list[TransferResult]:
-    metric = tables.primary_metric(spec.objective)[0]
+    # The metric of the outcomes, whose difference is formed row by row.
+    metric = find_objective(spec.objective).compared_metric(settings.tasks[task].metric).name
     outcomes = read_outcomes(Path(result["run"]) / OUTCOMES_FILE)
     rows = [r for r in result["evaluation"] if (r["task"], r["metric"]) == (task, metric)]
     transfers = []
@@ -299,8 +300,8 @@ def _primary_values(
 ) -> dict[str, list[float]]:
     values = {}
     for task in settings.tasks:
-        metric = tables.primary_metric(settings.model.tasks[task].objective)[0]
-        one, other = (tables.find_row(rows, task, metric) for rows in (before, after))
+        objective = settings.model.tasks[task].objective
+        one, other = (tables.find_ranked_row(rows, task, objective)[0] for rows in (before, after))
         if one is not None and other is not None:
             values[task] = [float(one["value"]), float(other["value"])]
     return values
@@ -486,7 +487,8 @@ def keep_task_settings(
     trained = (source.settings.get("tasks") or {}).get(task) or {}
     known = {name or task: trained["corpus"]} if trained else {}
     corpus = Path(str(locate_task_corpus("", name or task, {**known, **corpora}))).name
-    return TaskTraining(corpus, max_length=trained.get("max_length"), eval_only=True)
+    limit, metric = trained.get("max_length"), trained.get("metric")
+    return TaskTraining(corpus, max_length=limit, metric=metric, eval_only=True)
 
 
 def build_merged_config(
@@ -606,6 +608,7 @@ def build_merge_report(
         str(settings.data),
         corpora=corpora,
         limits=limits,
+        metrics={name: task.metric for name, task in settings.tasks.items()},
         on_split=on_split,
         outcomes=outcomes,
     )
@@ -656,13 +659,12 @@ def _compare_task(
     corpus = open_corpus(locate_task_corpus(str(settings.data), new, {new: task.corpus}))
     align_outputs(model, old, corpus)
     spec = model.config.tasks[old]
-    metric, _ = tables.primary_metric(spec.objective)
     for split in choose_splits(corpus, None, task=spec):
         count = corpus.splits[split].rows
         on_split(new, split, count)
         before = digest_outputs(model, old, corpus, split, task.max_length)
         is_identical = before == digest_merged(new, split)
-        row = tables.find_row(rows, new, metric, split=split)
+        row, metric = tables.find_ranked_row(rows, new, spec.objective, split)
         value = float("nan") if row is None else float(row["value"])
         before_value = value
         # Equal outputs have equal metrics, so only a changed task is evaluated again.
@@ -676,8 +678,8 @@ def _compare_task(
                 limits={old: task.max_length},
                 bootstrap_samples=0,
             )
-            found = tables.find_row(own, old, metric, split=split)
+            found = tables.find_row(own, old, metric.name, split=split)
             before_value = float("nan") if found is None else float(found["value"])
         yield TaskComparison(
-            source.source.name, new, split, count, is_identical, metric, before_value, value
+            source.source.name, new, split, count, is_identical, metric.name, before_value, value
         )

@@ -9,8 +9,8 @@ from pipelines.training.config.resources import trains_in_process
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.run_evaluation import (
+    check_chosen_metrics,
     check_evaluation_splits,
-    find_chosen_metrics,
     find_size_mismatch,
 )
 from pipelines.training.runs.layout import (
@@ -57,7 +57,7 @@ def validate_run(run: ResolvedRun) -> None:
     check_init_settings(config, run.opened)
     find_observers(CALLBACKS, config.training.callbacks, "training.callbacks")
     find_observers(LOGGERS, config.tracking.loggers, "tracking.loggers")
-    find_chosen_metrics(config)
+    check_chosen_metrics(config)
     system = find_system(config.system)
     system.configure(config.model, system.model.parse_options(config.options))
     mismatch = find_size_mismatch(config)

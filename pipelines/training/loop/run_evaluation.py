@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from pipelines.training.evaluation.outcomes import OutcomeTable
     from pipelines.training.loop.resolved_run import ResolvedRun
     from skillnet.multitask_model import TaskModel
-    from skillnet.objectives.base import NamedMetric
     from skillnet.systems import SizeMatch
     from skillnet_platform.tracking import Tracker
 
@@ -64,8 +63,8 @@ def find_size_mismatch(config: FinetuneConfig) -> str | None:
     )
 
 
-def find_chosen_metrics(config: FinetuneConfig) -> "dict[str, NamedMetric]":
-    """Return task -> metric that the run is ranked by, of the tasks that choose one.
+def check_chosen_metrics(config: FinetuneConfig) -> None:
+    """Check that each trained task that chooses a metric has it.
 
     Args:
         config: settings of the run.
@@ -76,14 +75,11 @@ def find_chosen_metrics(config: FinetuneConfig) -> "dict[str, NamedMetric]":
     from skillnet.objectives.base import find_objective
     from skillnet.skills import find_task
 
-    found = {}
-    for name, task in config.tasks.items():
+    for name, task in config.trained.items():
         if task.metric is not None:
             objective = find_objective(find_task(name, config.model.tasks).objective)
-            known = {metric.name: metric for metric in objective.metrics}
+            known = [metric.name for metric in objective.metrics]
             check_known_names([task.metric], known, f"tasks.{name}.metric", "metric")
-            found[name] = known[task.metric]
-    return found
 
 
 #: Result of the evaluation before it is logged and registered; ``result.json`` follows.
@@ -122,7 +118,6 @@ def evaluate_run(
         Tidy rows, one per metric, task and split; none on ranks other than the first.
     """
     from pipelines.training.evaluation.evaluator import evaluate_model
-    from pipelines.training.evaluation.tables import score_chosen
 
     measured = {name: config.measured[name] for name in tasks or config.measured}
     rows = evaluate_model(
@@ -133,6 +128,7 @@ def evaluate_run(
         seed=config.seed,
         corpora={name: task.corpus for name, task in measured.items()},
         limits={name: task.max_length for name, task in measured.items()},
+        metrics={name: task.metric for name, task in measured.items()},
         steps=step,
         precision=precision,
         bootstrap_samples=bootstrap_samples,
@@ -142,12 +138,7 @@ def evaluate_run(
         ranks=ranks,
         fold=config.fold,
     )
-    # Only the run knows the metric that it is ranked by, and the size that its baseline aims at.
-    chosen = find_chosen_metrics(config) if rows else {}
-    for row in rows:
-        metric = chosen.get(row["task"])
-        if metric is not None and row["metric"] == metric.name:
-            row["score"] = score_chosen(metric, float(row["value"]))
+    # Only the run knows the size that its baseline aims at.
     size = measure_baseline_size(config) if rows else None
     return rows if size is None else [row | {"size_mismatch": size.deviation} for row in rows]
 

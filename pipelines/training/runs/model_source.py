@@ -177,6 +177,12 @@ class ModelSource:
         return {name: task.get("max_length") for name, task in tasks.items() if task}
 
     @property
+    def metrics(self) -> dict[str, str | None]:
+        """Task -> metric that ranks its models; None for the primary one."""
+        tasks = self.settings.get("tasks") or {}
+        return {name: task.get("metric") for name, task in tasks.items() if task}
+
+    @property
     def auxiliary(self) -> set[str]:
         """Auxiliary tasks, which are not evaluated."""
         tasks = self.settings.get("tasks") or {}

@@ -407,7 +407,7 @@ def _check_rows(runs: Sequence[ScoredRun]) -> None:
                 raise EvidenceError(
                     f"{run.name} and {other.name} were evaluated on different rows of "
                     f"{' '.join(key)} ({len(own)} and {len(rows)} units); compare runs of one "
-                    "version"
+                    "version, by a metric whose denominators do not depend on the answers"
                 )
 
 

@@ -88,6 +88,7 @@ def interpret_source(config: InterpretConfig) -> tuple["SkillInterpretation", li
             name=config.model,
             corpora=source.corpora | config.corpora,
             limits=source.limits,
+            metrics=source.metrics,
             swaps=config.swaps,
             on_progress=lambda task, rows: bar.advance(rows, task),
         )

@@ -25,11 +25,13 @@ from pipelines.training.evaluation.tables import (
     COLUMNS,
     ORIGIN_COLUMNS,
     SCORED_METRICS,
+    find_metric,
     score_label,
     sort_rows,
 )
 from pipelines.training.runs.layout import TRAINED
 from pipelines.training.runs.progress_log import PROGRESS, read_metric_history
+from skillnet.objectives.base import NamedMetric, find_objective
 from skillnet_evidence.comparison import PRETRAINED, SystemComparison, compare_systems
 from skillnet_evidence.plot_kit import MetricHistory
 from skillnet_evidence.scores import (
@@ -125,6 +127,36 @@ class FinishedRun:
         """What the run logged; {} without a log."""
         return read_metric_history(self.folder / PROGRESS)
 
+    @property
+    def chosen(self) -> dict[str, str]:
+        """Task -> metric that ranks its runs, of the tasks that choose one."""
+        tasks = self.settings.get("tasks") or {}
+        return {name: task["metric"] for name, task in tasks.items() if task and task.get("metric")}
+
+    @cached_property
+    def metrics(self) -> dict[str, NamedMetric]:
+        """Task -> metric of the outcomes of its rows.
+
+        Raises:
+            UserError: no installed package measures a metric that a task chooses.
+        """
+        # A row with another metric, such as macro F1, is not the primary score of its task.
+        found = {
+            row["task"]: find_metric(row["metric"])
+            for row in self.rows
+            if row["metric"] in SCORED_METRICS
+        }
+        for task in self.chosen.keys() & found.keys():
+            objective = find_objective(self.settings["model"]["tasks"][task]["objective"])
+            chosen = self.chosen[task]
+            if chosen not in {metric.name for metric in objective.metrics}:
+                raise UserError(
+                    f"{self.folder}: tasks.{task}.metric is {chosen}, which no installed package "
+                    "measures; install the package that does"
+                )
+            found[task] = objective.compared_metric(chosen)
+        return found
+
     def to_scores(self) -> ScoredRun:
         """Return the scores, costs and times of the run as plain data."""
         rows = [row for row in self.rows if row["split"] == SPLIT]
@@ -138,11 +170,9 @@ class FinishedRun:
             self.label,
             self.seed,
             self.outcomes,
-            # A row with another metric, such as macro F1, is not the primary score of its task.
             {
-                row["task"]: find_metric(row["metric"])
-                for row in self.rows
-                if row["metric"] in SCORED_METRICS
+                task: ScoredMetric(each.name, each.higher_is_better, score_label(each.name))
+                for task, each in self.metrics.items()
             },
             str(self.folder),
             RunFold(
@@ -159,15 +189,6 @@ class FinishedRun:
         )
 
 
-def find_metric(name: str) -> ScoredMetric:
-    """Return a primary metric with the label of its scores.
-
-    Args:
-        name: name in evaluation rows.
-    """
-    return ScoredMetric(name, SCORED_METRICS[name], score_label(name))
-
-
 def compare_runs(
     runs: Sequence[FinishedRun], reference: str | None = None, specialist: str | None = None
 ) -> SystemComparison:
@@ -179,11 +200,20 @@ def compare_runs(
         specialist: label of the system whose scores count as 1.
 
     Raises:
-        UserError: the runs used different versions of a corpus.
+        UserError: the runs used different versions of a corpus, or chose different metrics.
         EvidenceError: the runs cannot be compared, or a label is unknown.
     """
     corpora: dict[str, tuple[str, FinishedRun]] = {}
+    choices: dict[str, tuple[str, FinishedRun]] = {}
     for run in runs:
+        for task, metric in run.metrics.items():
+            name = run.chosen.get(task, metric.name)
+            known, other = choices.setdefault(task, (name, run))
+            if known != name:
+                raise UserError(
+                    f"{run.folder} and {other.folder} rank {task} by different metrics ({name} and "
+                    f"{known}); compare runs of one tasks.{task}.metric"
+                )
         for name, digest in run.digests.items():
             # The first run with a corpus defines the version that the others must have.
             known, other = corpora.setdefault(name, (digest, run))

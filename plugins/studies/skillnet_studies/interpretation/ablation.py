@@ -22,7 +22,7 @@ from pipelines.training.evaluation.evaluator import (
 )
 from pipelines.training.evaluation.inference import InferenceRunner
 from pipelines.training.evaluation.outcomes import OutcomeTable, RowOutcomes, paired_difference
-from pipelines.training.evaluation.tables import primary_metric, sort_rows
+from pipelines.training.evaluation.tables import sort_rows
 from pipelines.training.runs.vocabulary_match import align_outputs
 from skillnet.model import SkillNet
 from skillnet.objectives.base import find_objective
@@ -107,6 +107,7 @@ def measure_ablations(
     *,
     corpora: Mapping[str, str] | None = None,
     limits: Mapping[str, int | None] | None = None,
+    metrics: Mapping[str, str | None] | None = None,
     swaps: bool = True,
     on_change: Callable[[str, int], None] | None = None,
 ) -> list[dict[str, Any]]:
@@ -119,6 +120,7 @@ def measure_ablations(
         split: split of each task's corpus; tasks without it are skipped.
         corpora: task -> corpus, if it is not the built-in corpus.
         limits: task -> maximum sequence length, as in training.
+        metrics: task -> metric that ranks its models; others have the primary one.
         swaps: also replace each active skill by each other skill.
         on_change: called with the task and its number of rows before each evaluation.
 
@@ -135,10 +137,11 @@ def measure_ablations(
     runner = InferenceRunner(model)
     for name, part, corpus in find_measured_splits(model, data, tasks, split, corpora):
         spec = model.config.tasks[name]
-        metric, more = primary_metric(spec.objective)
-        limit = (limits or {}).get(name)
+        limit, chosen = (limits or {}).get(name), (metrics or {}).get(name)
+        metric = find_objective(spec.objective).compared_metric(chosen)
+        more = metric.higher_is_better
         # The baseline is measured in the same way, so that differences come from the plan alone.
-        baseline = _measure_outcomes(runner, name, spec, part, corpus, limit)
+        baseline = _measure_outcomes(runner, name, spec, part, corpus, limit, chosen)
         for change in list_plan_changes(spec, model.config.skills, swaps):
             if on_change is not None:
                 on_change(name, part.rows)
@@ -148,12 +151,12 @@ def measure_ablations(
                 "change": change.kind,
                 "skill": change.skill,
                 "other": change.other,
-                "metric": metric,
+                "metric": metric.name,
                 "before": _score(baseline.value, more),
                 "rows": len(baseline),
             }
             if change.task is not None:
-                altered = _measure_outcomes(runner, name, change.task, part, corpus, limit)
+                altered = _measure_outcomes(runner, name, change.task, part, corpus, limit, chosen)
                 # For error rates the order is reversed, so that a positive drop is always worse.
                 pair = (baseline, altered) if more else (altered, baseline)
                 interval = paired_difference(*pair)
@@ -170,6 +173,7 @@ def _measure_outcomes(
     part: CorpusSplit,
     corpus: PreparedCorpus,
     limit: int | None,
+    chosen: str | None,
 ) -> RowOutcomes:
     """Return the outcome of every row of a split under a plan, as in an evaluation."""
     outcomes = OutcomeTable()
@@ -185,6 +189,7 @@ def _measure_outcomes(
             # Intervals come from the paired outcomes, so those of the metrics are not needed.
             bootstrap_samples=0,
             outcomes=outcomes,
+            chosen=chosen,
             all_captions=uses_all_captions(corpus),
         )
     return outcomes[name, part.name]

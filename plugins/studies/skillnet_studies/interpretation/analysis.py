@@ -120,6 +120,7 @@ def interpret_model(
     name: str = "a model",
     corpora: Mapping[str, str] | None = None,
     limits: Mapping[str, int | None] | None = None,
+    metrics: Mapping[str, str | None] | None = None,
     swaps: bool = True,
     on_progress: Callable[[str, int], None] | None = None,
 ) -> SkillInterpretation:
@@ -133,6 +134,7 @@ def interpret_model(
         name: name of the model, for titles.
         corpora: task -> corpus, if it is not the built-in corpus.
         limits: task -> maximum sequence length, as in training.
+        metrics: task -> metric that ranks its models; others have the primary one.
         swaps: also replace each active skill by each other skill.
         on_progress: called with a task and its number of rows before each evaluation.
 
@@ -141,7 +143,7 @@ def interpret_model(
     """
     common: dict[str, Any] = {"corpora": corpora, "limits": limits}
     ablations = measure_ablations(
-        model, data, tasks, split, swaps=swaps, on_change=on_progress, **common
+        model, data, tasks, split, metrics=metrics, swaps=swaps, on_change=on_progress, **common
     )
     similarities = measure_skill_similarity(model, data, tasks, split, **common)
     gradients = measure_gradient_share(model, data, tasks, **common)

@@ -62,7 +62,10 @@ def find_reference_scores(comparison: SystemComparison) -> dict[tuple[str, str],
         comparison: computed results.
     """
     found = collect_reference_scores([row for run in _list_runs(comparison) for row in run.rows])
-    return found or measure_references(comparison) or _read_references(comparison)
+    found = found or measure_references(comparison) or _read_references(comparison)
+    # References are measured by the primary metrics alone.
+    chosen = {name for name, each in comparison.metrics.items() if each.name not in SCORED_METRICS}
+    return {key: score for key, score in found.items() if key[0] not in chosen}
 
 
 def build_references(references: ReferenceScores, comparison: SystemComparison) -> dict[str, Any]:

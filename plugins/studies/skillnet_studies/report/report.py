@@ -475,14 +475,24 @@ def collect_facts(comparison: SystemComparison) -> dict[str, str]:
 
 
 def read_notices(comparison: SystemComparison) -> list[str]:
-    """Return the lines of ``notice.txt`` of the studies of all runs: limits that were found later.
+    """Return what limits a comparison: chosen metrics that it does not use, and later findings.
+
+    The latter are the lines of ``notice.txt`` of the studies of all runs.
 
     Args:
         comparison: computed results.
     """
     studies = dict.fromkeys(run.source.folder.parent.parent for run in comparison.runs)
     paths = [study / NOTICE for study in studies if (study / NOTICE).is_file()]
-    lines = [line for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [
+        f"The runs rank {task} by {run.source.chosen[task]}, and this comparison uses "
+        f"{each.name}: it takes a share or an error rate of another package, or the first metric "
+        "of the objective."
+        for run in comparison.runs
+        for task, each in run.metrics.items()
+        if run.source.chosen.get(task, each.name) != each.name
+    ]
+    lines += [line for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
     return [line.strip() for line in dict.fromkeys(lines) if line.strip()]
 
 

@@ -83,6 +83,7 @@ def _evaluate_run(folder: Path) -> None:
         seed=source.seed,
         corpora=source.corpora,
         limits=source.limits,
+        metrics=source.metrics,
         steps=source.steps,
         bootstrap_samples=0,
         outcomes=outcomes,

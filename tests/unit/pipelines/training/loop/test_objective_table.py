@@ -15,11 +15,11 @@ from pipelines.training.config.run import FinetuneConfig, TaskTraining, Training
 from pipelines.training.evaluation.evaluator import evaluate_model
 from pipelines.training.evaluation.outcomes import OutcomeTable
 from pipelines.training.evaluation.simple_baselines import evaluate_simple_baselines
-from pipelines.training.evaluation.tables import primary_metric
 from pipelines.training.loading.task_dataset import GroupPairs
 from pipelines.training.loop.loop import train_model
 from pipelines.training.loop.resolved_run import ResolvedRun, resolve_model_tasks
 from skillnet.modality import modality_names
+from skillnet.objectives.base import find_objective
 from skillnet.objectives.retrieval import pair_ranks
 from skillnet.skills import SkillPlan, Task
 from skillnet_planning.example_batches import build_example_batch
@@ -107,7 +107,7 @@ def test_a_cell_trains_and_is_evaluated(row: str, modality: str, data: Path) -> 
     rows = evaluate_model(
         result.model, data, corpora={"cell": corpus}, splits=[split], outcomes=outcomes
     )
-    metric, _ = primary_metric(task.objective)
+    metric = find_objective(task.objective).primary.name
     (found,) = [each for each in rows if each["metric"] == metric]
     assert np.isfinite(found["value"])
     if row in ("multi_label", "regression"):
@@ -123,7 +123,7 @@ def test_a_cell_trains_and_is_evaluated(row: str, modality: str, data: Path) -> 
 def test_the_simple_baseline_beats_chance(objective: str, data: Path) -> None:
     specs = run_of(data, one_tower(objective, "text"), "headings").model.tasks
     rows = evaluate_simple_baselines(data, specs, corpora={"cell": "headings"}, use_cache=False)
-    metric, _ = primary_metric(objective)
+    metric = find_objective(objective).primary.name
     assert {row["system"] for row in rows} == {"chance", "simple_baseline"}
     assert all(np.isfinite(row["value"]) for row in rows if row["metric"] == metric)
 
