@@ -83,7 +83,7 @@ def _measure_graphs(source: ModelSource, data: Path, home: Path) -> list[Result]
 
 
 def _measure_task(model: TaskModel, source: ModelSource, data: Path, task: str) -> dict[str, float]:
-    """Return the primary metric of a task; of a retrieval also the recall at ten."""
+    """Return the primary metric of a task by its name."""
     rows = evaluate_model(
         model,
         data,
@@ -96,8 +96,8 @@ def _measure_task(model: TaskModel, source: ModelSource, data: Path, task: str) 
         bootstrap_samples=0,
         fold=source.fold,
     )
-    wanted = {find_objective(model.config.tasks[task].objective).primary.name, "recall_at_10"}
-    return {row["metric"]: row["value"] for row in rows if row["metric"] in wanted}
+    wanted = find_objective(model.config.tasks[task].objective).primary.name
+    return {row["metric"]: row["value"] for row in rows if row["metric"] == wanted}
 
 
 def _pad_input(values: np.ndarray, shape: Sequence[int | None]) -> np.ndarray:
