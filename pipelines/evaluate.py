@@ -120,7 +120,7 @@ def evaluate_trained_model(config: EvaluateConfig) -> EvaluationResult:
             steps=source.steps,
             precision=config.precision,
             bootstrap_samples=config.bootstrap_samples,
-            on_split=lambda task, split, count: bar.advance(count, f"{task} {split}"),
+            on_split=lambda task, split, rows, left: bar.begin_part(f"{task} {split}", rows, left),
             # Rows of the usual test splits may be training rows of the fold.
             fold=source.fold,
         )
@@ -250,7 +250,8 @@ def show_evaluation(result: EvaluationResult) -> None:
             console.print_table(SYSTEM_LABELS[system], *result_cells(rows))
     for sentence in result.weak_tests:
         console.print_warning(f"the test proves little: {sentence}")
-    console.print_note(f"{result.seconds:.1f} s for the model; all metrics are in {result.output}")
+    duration = console.format_minutes(result.seconds)
+    console.print_note(f"{duration} for the model; all metrics are in {result.output}")
 
 
 @command(

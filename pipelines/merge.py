@@ -123,7 +123,7 @@ def _merge_in_folder(
             plan,
             settings,
             folder / "model",
-            lambda task, split, count: bar.advance(count, f"{task} {split}"),
+            lambda task, split, rows, left: bar.begin_part(f"{task} {split}", rows, left),
             outcomes,
         )
         write_evaluation_csv(rows, folder / EVALUATION_CSV)

@@ -15,7 +15,7 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.storage import open_output
 from skillnet_platform.storage.directories import is_uri
 from skillnet_platform.storage.location import Location, parse_location
-from skillnet_platform.terminal_text import shorten_text
+from skillnet_platform.terminal_text import format_plural, shorten_text
 
 if TYPE_CHECKING:
     from pipelines.serving.batch_prediction import BatchRequest, BatchSummary
@@ -387,14 +387,14 @@ def show_result(result: "PredictResult") -> None:
 
 def _show_counts(count: int, tasks: Mapping[str, int], output: str) -> None:
     counts = ", ".join(f"{task or NO_TASK} {count}" for task, count in tasks.items())
-    console.print_note(f"{count} predictions ({counts}) in {output}")
+    console.print_note(f"{format_plural(count, 'prediction')} ({counts}) in {output}")
 
 
 def _show_rejected(count: int, output: str | None) -> None:
     listed = choose_rejected_path(output) if output else None
     if count:
         where = f" in {listed}" if listed else ""
-        console.print_note(f"{count} rejected rows{where}")
+        console.print_note(f"{format_plural(count, 'rejected row')}{where}")
 
 
 def write_predictions(run: "RowAnswers", lines: list[dict[str, Any]], output: str) -> None:

@@ -11,6 +11,7 @@ from pipelines.data.corpora import DEMO, is_built_in, open_external_corpus, pars
 from pipelines.data.corpora.base import JOINED_ROW
 from pipelines.data.preprocessing.prepare import MAX_ERROR_RATE, prepare, summarize_manifest
 from pipelines.data.preprocessing.remote_staging import stage_locally
+from pipelines.data.shards.format import QUARANTINE
 from pipelines.data.tokenizer import training as tokenizers
 from skillnet_platform import console, storage
 from skillnet_platform.cli import command
@@ -19,6 +20,7 @@ from skillnet_platform.config import positional_field
 from skillnet_platform.config.bounds import PositiveCount, ProcessorCount, UnitFraction
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage.location import parse_location, require_local_folder
+from skillnet_platform.terminal_text import NO_BREAK_SPACE
 
 
 @dataclass
@@ -68,8 +70,13 @@ def show_corpora(result: dict[str, Any]) -> None:
         "Corpora",
         ["corpus", "state", "rows in", "rows out", "rejected", "splits", "size"],
         [_make_table_row(name, entry) for name, entry in result["corpora"].items()],
-        caption=f"{result['seconds']:.1f} s",
+        caption=console.format_minutes(result["seconds"]),
     )
+    for name, entry in result["corpora"].items():
+        reasons = {why: rows for why, rows in entry["quarantine"].items() if why != JOINED_ROW}
+        if reasons and entry["state"] != "cached":
+            listed = ", ".join(f"{rows} {why}" for why, rows in reasons.items())
+            console.print_note(f"{name}: rejected rows: {listed}. {name}/{QUARANTINE} names them")
 
 
 def find_labelled_corpora(corpora: Mapping[str, str]) -> dict[str, str]:
@@ -92,7 +99,8 @@ def find_labelled_corpora(corpora: Mapping[str, str]) -> dict[str, str]:
 
 
 def _make_table_row(name: str, entry: dict[str, Any]) -> list[Any]:
-    splits = ", ".join(f"{split} {rows}" for split, rows in entry["splits"].items())
+    # A line ends between two splits, not between a split and its rows.
+    splits = ", ".join(f"{split}{NO_BREAK_SPACE}{rows}" for split, rows in entry["splits"].items())
     # Joined rows are not lost: their captions are in the row of their media file.
     joined = entry["quarantine"].get(JOINED_ROW, 0)
     rejected: Any = entry["rows_in"] - entry["rows_out"] - joined

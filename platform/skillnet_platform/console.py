@@ -223,6 +223,8 @@ class ProgressCounter:
     def __init__(self, label: str, total: int | None, unit: str, done: int = 0) -> None:
         self.label, self.total, self.unit = label, total, unit
         self.done = self.first = done
+        #: Units of a part that began and has not ended.
+        self._begun = 0
         self.words = ""
         self.start = time.monotonic()
         self._bar: Any = None
@@ -236,11 +238,29 @@ class ProgressCounter:
             self.words = words
         if self._bar is not None:
             speed = ", ".join(self._speed_texts())
-            self._bar.show(self.done, escape_line(speed), escape_line(self.words))
+            self._bar.show(self.done, self.total, escape_line(speed), escape_line(self.words))
         # Each step would otherwise add a line to the log of a job.
         elif time.monotonic() - self._said >= SECONDS_BETWEEN_LINES:
             self._said = time.monotonic()
             self._print_lines()
+
+    def begin_part(self, words: str, count: int, left: int) -> None:
+        """Add the units of the part before, and show the name of the next one.
+
+        Args:
+            words: name of the part.
+            count: units of the part, which :meth:`end_part` or the next call adds.
+            left: units of this part and of all that follow; they decide the total.
+        """
+        before, self._begun = self._begun, count
+        self.total = self.done + before + left
+        self.advance(before, words)
+
+    def end_part(self) -> None:
+        """Add the units of the last part."""
+        before, self._begun = self._begun, 0
+        if before:
+            self.advance(before)
 
     def found(self, count: int) -> None:
         """Add units of earlier work, which do not count for the rate."""
@@ -299,12 +319,14 @@ def show_progress(
     state = ProgressCounter(label, total, unit, done)
     if not _is_terminal(sys.stderr):
         yield state
+        state.end_part()
         if state.done > state.first and state._printed != (state.done, state.words):
             state._print_lines()
         return
     with _open_bar(escape_line(label), total, done) as bar:
         state._bar = bar
         yield state
+        state.end_part()
 
 
 @contextlib.contextmanager
@@ -370,9 +392,9 @@ def _open_bar(label: str, total: int | None, done: int) -> Any:
     class TerminalBar(progress.Progress):
         words = ""
 
-        def show(self, done: int, speed: str, words: str) -> None:
+        def show(self, done: int, total: int | None, speed: str, words: str) -> None:
             self.words = words
-            self.update(number, completed=done, speed=speed)
+            self.update(number, completed=done, total=total, speed=speed)
 
         def get_renderables(self) -> Iterable[RenderableType]:
             yield from super().get_renderables()

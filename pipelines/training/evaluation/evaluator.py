@@ -85,7 +85,7 @@ def evaluate_model(
     steps: int | None = None,
     precision: str = "auto",
     bootstrap_samples: int = 1000,
-    on_split: Callable[[str, str, int], None] | None = None,
+    on_split: Callable[[str, str, int, int], None] | None = None,
     outcomes: OutcomeTable | None = None,
     masks: MaskConfig | None = None,
     ranks: EvaluationRanks | None = None,
@@ -111,8 +111,8 @@ def evaluate_model(
         precision: see :class:`pipelines.training.evaluation.inference.InferenceRunner`.
         bootstrap_samples: resamples of the intervals of macro-F1 and median rank; 0 omits all
             intervals.
-        on_split: called before each split with the task, the split and its number of rows; on
-            each rank.
+        on_split: called before each split, on each rank, with the task, the split, its rows, and
+            all rows that are left, its own included.
         outcomes: receives the outcome of every row, on the first rank.
         masks: mask settings of masked tasks, as in training.
         ranks: that share the rows, each with an equal model; None is this process alone.
@@ -129,18 +129,26 @@ def evaluate_model(
     """
     names = sort_rows(model.config.tasks) if tasks is None else list(tasks)
     specs = {name: find_task(name, model.config.tasks) for name in names}
+    # All corpora are opened first, because progress needs the number of all rows.
+    opened = {name: open_task_corpus(data, name, corpora, fold, with_reserve) for name in names}
+    parts = {
+        name: choose_splits(opened[name], splits, with_reserve, spec)
+        for name, spec in specs.items()
+    }
+    rows_left = sum(opened[name].splits[each].rows for name in names for each in parts[name])
     rows: list[dict[str, Any]] = []
     evaluated: set[str] = set()
     for name, spec in specs.items():
         model.require_weights(name)
         runner = InferenceRunner(model, precision, ranks=ranks)
-        corpus = open_task_corpus(data, name, corpora, fold, with_reserve)
+        corpus = opened[name]
         align_outputs(model, name, corpus)
-        for split_name in choose_splits(corpus, splits, with_reserve, spec):
+        for split_name in parts[name]:
             split = corpus.splits[split_name]
             evaluated.add(split_name)
             if on_split is not None:
-                on_split(name, split_name, split.rows)
+                on_split(name, split_name, split.rows, rows_left)
+            rows_left -= split.rows
             limit, chosen = (limits or {}).get(name), (metrics or {}).get(name)
             if find_objective(spec.objective).hides_inputs:
                 values, lengths = measure_hidden(runner, name, corpus, split_name, masks, limit)

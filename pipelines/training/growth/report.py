@@ -344,7 +344,7 @@ def _transfer_cells(result: TransferResult) -> list[str]:
         f"{evaluation_tables.metric_label(result.metric)} {value}",
         _format_difference(result),
         f"{result.trained_params:,}",
-        f"{result.seconds:.0f} s",
+        console.format_minutes(result.seconds),
     ]
 
 

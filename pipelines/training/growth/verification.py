@@ -584,7 +584,7 @@ def build_merge_report(
     plan: MergePlan,
     settings: FinetuneConfig,
     weights: Path,
-    on_split: Callable[[str, str, int], None],
+    on_split: Callable[[str, str, int, int], None],
     outcomes: OutcomeTable | None = None,
 ) -> tuple[MergeReport, list[dict[str, Any]]]:
     """Evaluate every task of every model before and after the merge, on every test row.
@@ -594,7 +594,8 @@ def build_merge_report(
         plan: files and tasks of the merge.
         settings: result of :func:`build_merged_config`.
         weights: folder of the merged model.
-        on_split: called before each pass over a split with the task, the split and its rows.
+        on_split: called before each pass over a split with the task, the split, its rows, and the
+            rows of all passes that are left, its own included.
         outcomes: receives the outcome of every row of the merged model.
 
     Returns:
@@ -603,15 +604,27 @@ def build_merge_report(
     merged = model_source.load_source_model(ModelSource(str(weights), weights))
     corpora = {name: task.corpus for name, task in settings.tasks.items()}
     limits = {name: task.max_length for name, task in settings.tasks.items()}
+    sizes = {}
+    for name, spec in merged.config.tasks.items():
+        corpus = open_corpus(locate_task_corpus(str(settings.data), name, corpora))
+        sizes[name] = sum(
+            corpus.splits[each].rows for each in choose_splits(corpus, None, task=spec)
+        )
+    compared = sum(sizes[name] for source in sources for name in source.tasks.values())
     rows = evaluate_model(
         merged,
         str(settings.data),
         corpora=corpora,
         limits=limits,
         metrics={name: task.metric for name, task in settings.tasks.items()},
-        on_split=on_split,
+        on_split=lambda task, split, count, left: on_split(task, split, count, left + compared),
         outcomes=outcomes,
     )
+
+    def begin_comparison(task: str, split: str, count: int) -> None:
+        nonlocal compared
+        on_split(task, split, count, compared)
+        compared -= count
 
     # Parents share the tasks of their base, whose outputs after the merge are computed once.
     @functools.cache
@@ -624,7 +637,7 @@ def build_merge_report(
         model = model_source.load_source_model(source.source)
         for old, new in source.tasks.items():
             comparisons += _compare_task(
-                source, model, digest_merged, (old, new), settings, rows, on_split
+                source, model, digest_merged, (old, new), settings, rows, begin_comparison
             )
     files = read_manifest(weights)["files"]
     report = MergeReport(

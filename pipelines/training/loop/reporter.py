@@ -150,8 +150,8 @@ class LoopReporter:
     def checkpoint(self, path: Path, step: int) -> None:
         """Note that a valid checkpoint is at ``path``."""
 
-    def begin_split(self, name: str, rows: int, step: int) -> None:
-        """Show that the final evaluation begins with the rows of a split."""
+    def begin_split(self, name: str, rows: int, left: int, step: int) -> None:
+        """Show that the final evaluation begins with a split; its rows are among those left."""
 
     def log_final(self, rows: list[dict[str, Any]], step: int) -> None:
         """Record the tidy rows of the final model; none if the run was preempted."""
@@ -254,11 +254,11 @@ class RunReporter(LoopReporter):
         if self._uploads is not None:
             self._uploads.add_checkpoint(path)
 
-    def begin_split(self, name: str, rows: int, step: int) -> None:
-        self._file.append(step=step, evaluating=name, rows=rows)
+    def begin_split(self, name: str, rows: int, left: int, step: int) -> None:
+        self._file.append(step=step, evaluating=name, rows=rows, left=left)
         if time.monotonic() >= self._next_note:
             self._next_note = time.monotonic() + PROGRESS_NOTE_S
-            console.print_note(f"evaluating: {name}, {rows} rows")
+            console.print_note(f"evaluating: {name}, {rows} of {left} rows that are left")
 
     def log_final(self, rows: list[dict[str, Any]], step: int) -> None:
         """Give the evaluation to the loggers; the driver records it in MLflow."""

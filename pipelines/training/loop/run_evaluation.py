@@ -97,7 +97,7 @@ def evaluate_run(
     bootstrap_samples: int = 0,
     tasks: Sequence[str] | None = None,
     outcomes: "OutcomeTable | None" = None,
-    on_split: Callable[[str, str, int], None] | None = None,
+    on_split: Callable[[str, str, int, int], None] | None = None,
     ranks: "EvaluationRanks | None" = None,
 ) -> list[dict[str, Any]]:
     """Evaluate a model on the corpora of its run.

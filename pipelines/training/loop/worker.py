@@ -188,11 +188,11 @@ def evaluate_final(
     if result.preempted or not (config.evaluate or request.splits is not None):
         return []
 
-    def begin_split(task: str, split: str, rows: int) -> None:
+    def begin_split(task: str, split: str, rows: int, left: int) -> None:
         # All ranks stop before the same split.
         if ranks.is_any(preemption.stop_requested()):
             raise EvaluationStoppedError
-        reporter.begin_split(f"{task} {split}", rows, result.step)
+        reporter.begin_split(f"{task} {split}", rows, left, result.step)
 
     def measure(
         model: TaskModel, outcomes_file: str, splits: Sequence[str] | None, **options: Any

@@ -81,7 +81,7 @@ def follow_progress(path: Path, steps: int) -> Iterator[None]:
                                 console.show_progress("evaluating", None, "rows")
                             )
                             is_trained = is_evaluating = True
-                        bar.advance(line.get("rows", 0), line["evaluating"])
+                        bar.begin_part(line["evaluating"], line.get("rows", 0), line.get("left", 0))
                     elif "losses" in line and not is_trained:
                         if bar is None:
                             bar = stack.enter_context(
@@ -165,6 +165,7 @@ def _is_line(values: dict[str, Any]) -> bool:
         and isinstance(values.get("losses", ""), str)
         and isinstance(values.get("evaluating", ""), str)
         and type(values.get("rows", 0)) is int
+        and type(values.get("left", 0)) is int
         and isinstance(metrics, dict)
         and all(isinstance(value, (int, float)) for value in metrics.values())
     )

@@ -161,4 +161,9 @@ def test_joined_rows_are_shown_apart_from_rejected_ones(capsys):
     entry = {"state": "prepared", "rows_in": 200, "rows_out": 39, "splits": {"train": 39}}
     entry |= {"quarantine": {JOINED_ROW: 160, "an empty file": 1}, "bytes": 1}
     show_corpora({"corpora": {"mine": entry}, "seconds": 1.0})
-    assert "1, 160 joined" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "1, 160 joined" in printed.out
+    said = "mine: rejected rows: 1 an empty file. mine/quarantine.jsonl names them\n"
+    assert printed.err == said
+    show_corpora({"corpora": {"mine": entry | {"state": "cached"}}, "seconds": 1.0})
+    assert not capsys.readouterr().err

@@ -158,6 +158,16 @@ def test_data_in_progress_lines_is_one_line_of_text(
     assert f"file\\nerror: {SHOWN}" in lines[0]
 
 
+def test_a_part_counts_when_it_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.show_progress("evaluating", unit="rows") as bar:
+        seen = []
+        for name, rows, left in (("first", 30, 42), ("second", 12, 12)):
+            bar.begin_part(name, rows, left)
+            seen.append((bar.done, bar.total))
+    assert seen == [(0, 42), (30, 42)]
+    assert capsys.readouterr().err.startswith("evaluating: 42/42 rows")
+
+
 def test_data_in_a_progress_bar_is_neither_markup_nor_control(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

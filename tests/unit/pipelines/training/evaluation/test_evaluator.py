@@ -141,6 +141,17 @@ def test_batches_hold_every_row_once(positions: int):
         assert len(batch) == 1 or len(batch) * lengths[batch].max() <= positions
 
 
+def test_each_split_is_announced_with_all_rows_that_are_left(data: Path):
+    seen: list[tuple[str, str, int, int]] = []
+    evaluate_model(
+        SkillNet(config()), data, bootstrap_samples=0, on_split=lambda *each: seen.append(each)
+    )
+    assert len({task for task, *_ in seen}) > 1
+    assert [left for *_, left in seen] == [
+        sum(rows for _, _, rows, _ in seen[index:]) for index in range(len(seen))
+    ]
+
+
 def test_the_training_mode_is_restored(data: Path):
     model = SkillNet(config()).train()
     evaluate_model(model, data, ["text_classification"], ["validation"], bootstrap_samples=0)

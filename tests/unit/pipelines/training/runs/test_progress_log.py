@@ -137,12 +137,12 @@ def test_the_final_evaluation_has_a_bar_of_its_own(tmp_path, capsys):
     with follow_progress(tmp_path / "progress.jsonl", 2):
         file.append(step=0, losses="")
         file.append(step=2, losses="loss 2.0")
-        file.append(step=2, evaluating="text_to_image test", rows=30)
-        file.append(step=2, evaluating="text_to_code test", rows=12)
+        file.append(step=2, evaluating="text_to_image test", rows=30, left=42)
+        file.append(step=2, evaluating="text_to_code test", rows=12, left=12)
     file.close()
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("training: 2/2 steps")
-    assert lines[-1].startswith("evaluating: 42 rows")
+    assert lines[-1].startswith("evaluating: 42/42 rows")
     assert "text_to_code test" in lines[-1]
 
 
