@@ -242,7 +242,9 @@ class ProgressCounter:
         # Each step would otherwise add a line to the log of a job.
         elif time.monotonic() - self._said >= SECONDS_BETWEEN_LINES:
             self._said = time.monotonic()
-            self._print_lines()
+            # Where nothing was done, the line would be that of before.
+            if self._printed != (self.done, self.words):
+                self._print_lines()
 
     def begin_part(self, words: str, count: int, left: int) -> None:
         """Add the units of the part before, and show the name of the next one.

@@ -31,6 +31,8 @@ _WIDE = (
 _WORDS = re.compile(f"[ \t{NO_BREAK_SPACE}]*(?:[{_WIDE}]|[^ \t{NO_BREAK_SPACE}{_WIDE}]+)")
 _BLANKS_AT_END = re.compile(r" +((?:\x1b\[[0-9;]*m)*)$", re.MULTILINE)
 _PHRASES = re.compile(f"[ \t]*(?:[{_WIDE}]|[^ \t{_WIDE}]+)")
+#: Space between a number and its per cent sign.
+_BEFORE_UNIT = re.compile(r"(?<=\d) (?=%)")
 
 
 def draw_table(
@@ -51,6 +53,7 @@ def draw_table(
         caption: below the table; "" for none.
         width: columns of the terminal.
     """
+    columns = [[_BEFORE_UNIT.sub(NO_BREAK_SPACE, text) for text in column] for column in columns]
     blocks = arrange_columns(columns, width)
     widest = max((measure_block(block.values()) for block in blocks), default=0)
     screen = Console(file=stream, width=max(width, widest), highlight=False)
@@ -108,7 +111,8 @@ def arrange_columns(columns: Sequence[Sequence[str]], width: int) -> list[dict[i
         A mapping per block: number of a column -> its width. Later blocks begin with the first
         column, which names the row. Only a word that is too long for ``width`` makes a block wider.
     """
-    least = [max((_longest_word(text) for text in column), default=0) for column in columns]
+    least = [_find_longest(_WORDS, column) for column in columns]
+    unbroken = [_find_longest(_PHRASES, column) for column in columns]
     natural = [
         min(max((_longest_line(text) for text in column), default=0), max(width, least[number]))
         for number, column in enumerate(columns)
@@ -120,7 +124,7 @@ def arrange_columns(columns: Sequence[Sequence[str]], width: int) -> list[dict[i
             blocks.append([0, number])
         else:
             blocks[-1] = together
-    return [_fit_widths(block, least, natural, width) for block in blocks]
+    return [_fit_widths(block, (unbroken, least), natural, width) for block in blocks]
 
 
 def measure_block(widths: Iterable[int]) -> int:
@@ -130,21 +134,26 @@ def measure_block(widths: Iterable[int]) -> int:
 
 
 def _fit_widths(
-    block: Sequence[int], least: Sequence[int], natural: Sequence[int], width: int
+    block: Sequence[int], floors: Sequence[Sequence[int]], natural: Sequence[int], width: int
 ) -> dict[int, int]:
     widths = {number: natural[number] for number in block}
-    while measure_block(widths.values()) > width:
-        wide = [number for number in block if widths[number] > least[number]]
-        if not wide:
-            break
-        # The widest column loses least by one more line break.
-        widths[max(wide, key=lambda number: widths[number])] -= 1
+    # Words of one line part only if all other line breaks do not suffice.
+    for least in floors:
+        while measure_block(widths.values()) > width:
+            wide = [number for number in block if widths[number] > least[number]]
+            if not wide:
+                break
+            # The widest column loses least by one more line break.
+            widths[max(wide, key=lambda number: widths[number])] -= 1
     return widths
 
 
-def _longest_word(text: str) -> int:
-    words = (word.strip() for line in text.split("\n") for word in _WORDS.findall(line))
-    return max(map(cell_len, words), default=0)
+def _find_longest(pattern: re.Pattern[str], column: Sequence[str]) -> int:
+    """Return the columns of the longest match of a pattern in the cells of a table's column."""
+    lines = (line for text in column for line in text.split("\n"))
+    return max(
+        (cell_len(word.strip()) for line in lines for word in pattern.findall(line)), default=0
+    )
 
 
 def _longest_line(text: str) -> int:

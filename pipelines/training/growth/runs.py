@@ -16,6 +16,7 @@ from pipelines.training.config.growth import GrowConfig, Reference
 from pipelines.training.config.resources import PlannedRun
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.growth.verification import added_files, keep_task_settings
+from pipelines.training.loop.init_from import record_origin
 from pipelines.training.runs import model_source
 from pipelines.training.runs.identity import digest_weights
 from pipelines.training.runs.model_source import ModelSource, resolve_model
@@ -225,7 +226,7 @@ def build_reference_config(
     trainable = [file for file in settings.training.trainable if file != f"skill-{new}"]
     return replace(
         base,
-        init_from=save_start_model(model, str(settings.run_dir)),
+        init_from=record_origin(Path(save_start_model(model, str(settings.run_dir))), source.name),
         tasks=only_new,
         model=model.config,
         training=replace(settings.training, trainable=trainable),

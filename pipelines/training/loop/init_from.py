@@ -46,6 +46,7 @@ from skillnet_platform import storage
 from skillnet_platform.errors import UserError
 from skillnet_platform.secret_uri import SecretUri
 from skillnet_platform.storage.directories import is_uri
+from skillnet_platform.terminal_text import format_plural
 
 if TYPE_CHECKING:
     from pipelines.data.preprocessing.task_template import TaskTemplate
@@ -175,7 +176,9 @@ class InitReport:
     def describe(self) -> list[str]:
         """Return lines for the console: the origin, new heads, and positions of other sizes."""
         fresh = f"; random: {', '.join(self.fresh)}" if self.fresh else ""
-        origin = f"started from {find_origin(self.source)} with {', '.join(self.taken)}{fresh}"
+        # A model of many skills has hundreds of files; result.json names those that were taken.
+        taken = format_plural(len(self.taken), "file")
+        origin = f"started from {find_origin(self.source)} with {taken}{fresh}"
         return [
             origin,
             *(f"{task}: {reason}" for task, reason in self.new_heads.items()),

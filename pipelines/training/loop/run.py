@@ -1,5 +1,6 @@
 """A training run from validation to its evaluated model, for all commands that train."""
 
+import functools
 import shutil
 import time
 from collections.abc import Sequence
@@ -105,11 +106,17 @@ def warn_of_idle_tasks(run: ResolvedRun) -> None:
         return
     idle = [name for name, count in run.dataloader.count_steps(steps).items() if not count]
     if idle:
-        console.print_warning(
+        _print_once(
             f"training.steps is {steps}, and no step trains {', '.join(idle)}: random weights stay "
             "in the model, and registration refuses it. Set more steps, or leave tasks out: "
             f"--tasks.{idle[0]} null"
         )
+
+
+@functools.cache
+def _print_once(warning: str) -> None:
+    # A study checks a run before it trains it, and many of its runs have the same steps.
+    console.print_warning(warning)
 
 
 def train_and_evaluate(

@@ -188,15 +188,19 @@ def evaluate_final(
     if result.preempted or not (config.evaluate or request.splits is not None):
         return []
 
-    def begin_split(task: str, split: str, rows: int, left: int) -> None:
-        # All ranks stop before the same split.
-        if ranks.is_any(preemption.stop_requested()):
-            raise EvaluationStoppedError
-        reporter.begin_split(f"{task} {split}", rows, left, result.step)
-
     def measure(
-        model: TaskModel, outcomes_file: str, splits: Sequence[str] | None, **options: Any
+        model: TaskModel,
+        outcomes_file: str,
+        splits: Sequence[str] | None,
+        whose: str = "",
+        **options: Any,
     ) -> list[dict[str, Any]]:
+        def begin_split(task: str, split: str, rows: int, left: int) -> None:
+            # All ranks stop before the same split.
+            if ranks.is_any(preemption.stop_requested()):
+                raise EvaluationStoppedError
+            reporter.begin_split(f"{task} {split}{whose}", rows, left, result.step)
+
         outcomes = OutcomeTable()
         rows = evaluate_run(
             config,
@@ -230,6 +234,7 @@ def evaluate_final(
                 source.to(pick_device(config.training.use_gpu)),
                 f"{layout.SOURCE}-{OUTCOMES_FILE}",
                 None,
+                " of the source",
                 tasks=kept,
                 bootstrap_samples=BOOTSTRAP_SAMPLES,
             )

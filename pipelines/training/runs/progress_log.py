@@ -53,7 +53,7 @@ def follow_progress(path: Path, steps: int) -> Iterator[None]:
     """Show progress bars from the lines that rank 0 appends, inside a block.
 
     The first bar counts the steps of the training. After it a second one counts the rows of the
-    final evaluation.
+    final evaluation, and a third one those of the source of a growth.
 
     Args:
         path: location of the progress file.
@@ -68,6 +68,7 @@ def follow_progress(path: Path, steps: int) -> Iterator[None]:
     def follow() -> None:
         position, bar, stack = start, None, contextlib.ExitStack()
         is_trained = is_evaluating = False
+        left = 0
         with stack:
             while True:
                 # Before the lines are read, so that the last line is shown.
@@ -75,13 +76,14 @@ def follow_progress(path: Path, steps: int) -> Iterator[None]:
                 lines, position = _new_lines(path, position)
                 for line in lines:
                     if "evaluating" in line:
-                        if bar is None or not is_evaluating:
+                        before, left = left, line.get("left", 0)
+                        if bar is None or not is_evaluating or left > before:
                             stack.close()
                             bar = stack.enter_context(
                                 console.show_progress("evaluating", None, "rows")
                             )
                             is_trained = is_evaluating = True
-                        bar.begin_part(line["evaluating"], line.get("rows", 0), line.get("left", 0))
+                        bar.begin_part(line["evaluating"], line.get("rows", 0), left)
                     elif "losses" in line and not is_trained:
                         if bar is None:
                             bar = stack.enter_context(

@@ -94,6 +94,27 @@ def test_the_last_line_of_progress_is_printed_once(
     assert len(lines) == (3 if pause == 0.0 else 1)
 
 
+def test_a_line_without_progress_is_not_repeated(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", 0.0)
+    with console.show_progress("tuning", total=3) as bar:
+        for steps in (0, 0, 3, 0):
+            bar.advance(steps, "2 running")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" steps")[0] for line in lines] == ["tuning: 0/3", "tuning: 3/3"]
+
+
+def test_a_number_and_its_per_cent_sign_are_one_word(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "36")
+    console.print_table(
+        "", ["task", "metric", "split"], [["a b c d", "accuracy 6.8 %", "the test"]]
+    )
+    assert "6.8 %" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.04, "0.0 s"), (1.26, "1.3 s"), (59.4, "59.4 s"), (59.7, "1 min 0 s"), (75, "1 min 15 s")],

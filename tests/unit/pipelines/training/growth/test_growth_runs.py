@@ -10,6 +10,7 @@ from pipelines.training.config.growth import NewTask
 from pipelines.training.config.run import TaskTraining
 from pipelines.training.growth import runs, verification
 from pipelines.training.growth.report import FileState, GrowthReport, TaskState, TransferResult
+from pipelines.training.loop.init_from import find_origin
 from pipelines.training.runs.model_source import ModelSource
 from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan
@@ -47,6 +48,8 @@ def test_a_new_modality_adds_a_stem_that_also_trains_without_the_skill(tmp_path,
     settings.training.trainable = new
     settings.run_dir = str(tmp_path)
     other = runs.build_reference_config("without_skill", config, settings, source, tmp_path)
+    # Its folder means nothing to the user, who reads where a run started.
+    assert find_origin(other.init_from) == "saved"
     assert other.training.trainable == ["head-counting", "stem-tubelet"]
     assert other.model.tasks["counting"].skills == ("general", "video")
     fresh = runs.build_reference_config("fresh", config, settings, source, tmp_path)

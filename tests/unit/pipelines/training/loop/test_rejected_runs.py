@@ -1,11 +1,14 @@
 """A run that is rejected for its data leaves no folder and no MLflow run."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
 from pipelines import finetune
+from pipelines.training.loop.run import warn_of_idle_tasks
 from tests.helpers.prepared_corpora import change_corpus, set_column
 from tests.helpers.small_corpora import write_corpora
 from tests.helpers.small_run import SMALL_RUN, option_arguments
@@ -44,3 +47,14 @@ def test_a_run_with_unreadable_rows_leaves_nothing(
     assert message in capsys.readouterr().err
     assert not (run_root / "rejected").exists()
     assert not list(run_root.glob("mlflow*"))
+
+
+def test_an_idle_task_is_reported_once(capsys: pytest.CaptureFixture[str]) -> None:
+    training = SimpleNamespace(steps=7)
+    loader = SimpleNamespace(count_steps=lambda steps: {"idle": 0, "busy": steps})
+    run: Any = SimpleNamespace(
+        config=SimpleNamespace(training=training, init_from=None), dataloader=loader
+    )
+    for _ in range(2):
+        warn_of_idle_tasks(run)
+    assert capsys.readouterr().err.count("no step trains idle") == 1

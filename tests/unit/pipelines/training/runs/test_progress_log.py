@@ -139,11 +139,13 @@ def test_the_final_evaluation_has_a_bar_of_its_own(tmp_path, capsys):
         file.append(step=2, losses="loss 2.0")
         file.append(step=2, evaluating="text_to_image test", rows=30, left=42)
         file.append(step=2, evaluating="text_to_code test", rows=12, left=12)
+        file.append(step=2, evaluating="text_to_code test of the source", rows=20, left=20)
     file.close()
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("training: 2/2 steps")
-    assert lines[-1].startswith("evaluating: 42/42 rows")
-    assert "text_to_code test" in lines[-1]
+    assert lines[-2].startswith("evaluating: 42/42 rows")
+    assert lines[-2].endswith("text_to_code test")
+    assert lines[-1].startswith("evaluating: 20/20 rows")
 
 
 def test_a_kill_before_the_configuration_leaves_the_name_free(tmp_path: Path) -> None:
