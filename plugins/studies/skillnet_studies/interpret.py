@@ -90,7 +90,7 @@ def interpret_source(config: InterpretConfig) -> tuple["SkillInterpretation", li
             limits=source.limits,
             metrics=source.metrics,
             swaps=config.swaps,
-            on_progress=lambda task, rows: bar.advance(rows, task),
+            on_progress=lambda task, rows, left: bar.begin_part(task, rows, left),
         )
     interpretation.facts.update(
         {

@@ -113,7 +113,11 @@ def test_ablations_of_zero_weights_have_no_effect(data: Path, model: SkillNet) -
 def test_rows_are_scores_and_the_model_is_unchanged(data: Path, model: SkillNet) -> None:
     before = model.config
     weights = {name: p.clone() for name, p in model.named_parameters()}
-    rows = measure_ablations(model, data, split="validation", swaps=False)
+    seen: list[tuple[str, int, int]] = []
+    rows = measure_ablations(
+        model, data, split="validation", swaps=False, on_change=lambda *each: seen.append(each)
+    )
+    assert [left for *_, left in seen] == [12 * (len(seen) - index) for index in range(len(seen))]
     assert model.config is before
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     assert {row["task"] for row in rows} == FIVE

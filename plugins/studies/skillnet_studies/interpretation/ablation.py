@@ -109,7 +109,7 @@ def measure_ablations(
     limits: Mapping[str, int | None] | None = None,
     metrics: Mapping[str, str | None] | None = None,
     swaps: bool = True,
-    on_change: Callable[[str, int], None] | None = None,
+    on_change: Callable[[str, int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluate every task with every change of its plans.
 
@@ -122,7 +122,8 @@ def measure_ablations(
         limits: task -> maximum sequence length, as in training.
         metrics: task -> metric that ranks its models; others have the primary one.
         swaps: also replace each active skill by each other skill.
-        on_change: called with the task and its number of rows before each evaluation.
+        on_change: called before each evaluation with the task, its rows, and the rows of all
+            evaluations that are left, its own included.
 
     Returns:
         Rows with the keys ``COLUMNS``. ``before``, ``after`` and ``score_drop`` are scores in
@@ -135,16 +136,23 @@ def measure_ablations(
     """
     table: list[dict[str, Any]] = []
     runner = InferenceRunner(model)
-    for name, part, corpus in find_measured_splits(model, data, tasks, split, corpora):
+    measured = list(find_measured_splits(model, data, tasks, split, corpora))
+    changes = {
+        name: list(list_plan_changes(model.config.tasks[name], model.config.skills, swaps))
+        for name, _, _ in measured
+    }
+    rows_left = sum(part.rows * len(changes[name]) for name, part, _ in measured)
+    for name, part, corpus in measured:
         spec = model.config.tasks[name]
         limit, chosen = (limits or {}).get(name), (metrics or {}).get(name)
         metric = find_objective(spec.objective).compared_metric(chosen)
         more = metric.higher_is_better
         # The baseline is measured in the same way, so that differences come from the plan alone.
         baseline = _measure_outcomes(runner, name, spec, part, corpus, limit, chosen)
-        for change in list_plan_changes(spec, model.config.skills, swaps):
+        for change in changes[name]:
             if on_change is not None:
-                on_change(name, part.rows)
+                on_change(name, part.rows, rows_left)
+            rows_left -= part.rows
             row = {
                 "task": name,
                 "split": split,

@@ -122,7 +122,7 @@ def interpret_model(
     limits: Mapping[str, int | None] | None = None,
     metrics: Mapping[str, str | None] | None = None,
     swaps: bool = True,
-    on_progress: Callable[[str, int], None] | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
 ) -> SkillInterpretation:
     """Interpret a trained model by ablations, similarity of skills and gradient shares.
 
@@ -136,7 +136,7 @@ def interpret_model(
         limits: task -> maximum sequence length, as in training.
         metrics: task -> metric that ranks its models; others have the primary one.
         swaps: also replace each active skill by each other skill.
-        on_progress: called with a task and its number of rows before each evaluation.
+        on_progress: see ``on_change`` of :func:`measure_ablations`.
 
     Raises:
         UserError: an unknown task, or a corpus that does not fit.
