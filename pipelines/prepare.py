@@ -32,8 +32,9 @@ class PrepareConfig:
         corpus: NAME=PATH of an external corpus, a directory or URI; repeatable. The name is its
             format, or any name with the format before the path:
             ``--corpus mine=folder:/data/mine``. Formats: tnews, aishell1, aic_icc, vatex,
-            pytorrent, codesearchnet, folder, webdataset, hf_dataset. ``NAME=labels:CORPUS`` labels
-            the rows of a prepared corpus by a rule in ``options``.
+            pytorrent, codesearchnet, folder, webdataset, hf_dataset, and ``hf:owner/name`` of the
+            Hugging Face Hub. ``NAME=labels:CORPUS`` labels the rows of a prepared corpus by a rule
+            in ``options``.
         pair: NAME=FIRST+SECOND; repeatable. Joins two prepared corpora of different media to one
             whose rows have both, for retrieval between them. Rows pair by equal labels of
             ``task: pairs``, or by equal first captions, within each split.

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.data.corpora import list_formats
+from pipelines.prepare import PrepareConfig
 from tests.unit.platform.test_command_options import COMMANDS, describe_options
 
 ROOT = Path(__file__).parents[3]
@@ -74,3 +76,9 @@ def test_named_options_exist(texts) -> None:  # type: ignore[no-untyped-def]
         if option not in known and option not in FOREIGN and not OPEN.match(option)
     }
     assert not unknown
+
+
+def test_the_help_of_prepare_names_every_format() -> None:
+    help_text = str(PrepareConfig.__doc__)
+    missing = [name for name in list_formats() if not re.search(rf"\b{name}\b", help_text)]
+    assert missing == []
