@@ -35,7 +35,7 @@ from benchmarks.measure import Result, plain
 ROOT = Path(__file__).parents[1]
 HOSTS = 8
 GROWTHS = 8
-STEPS = 1000
+STEPS = 6000
 #: Steps between checkpoints: what a lost process repeats.
 CHECKPOINT_EVERY = 50
 #: Killed processes and killed hosts.
