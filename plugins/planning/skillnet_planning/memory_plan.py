@@ -6,7 +6,7 @@ the code that trains. :func:`describe_overflow` is the check of ``skillnet submi
 """
 
 import itertools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -14,6 +14,8 @@ from torch import nn
 
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.loop.setup import count_sharing_workers
+from pipelines.training.loop.step import count_parts
+from pipelines.training.loop.telemetry import PASSES
 from skillnet.multitask_model import TaskModel
 from skillnet.objectives.base import find_objective
 from skillnet.skills import find_task
@@ -60,7 +62,8 @@ class MemoryOptions:
         """
         words = []
         if self.micro_batch_size != before.micro_batch_size:
-            words.append(f"--{prefix}training.micro_batch_size {self.micro_batch_size}")
+            size = "null" if self.micro_batch_size is None else self.micro_batch_size
+            words.append(f"--{prefix}training.micro_batch_size {size}")
         if self.activation_checkpointing and not before.activation_checkpointing:
             words.append(f"--{prefix}training.activation_checkpointing true")
         if self.sharding != before.sharding:
@@ -296,7 +299,7 @@ class RunPlanner:
         except ValueError:
             return None  # the system has no activation checkpointing
         most = max(self.rows_per_worker(task) for task in self.config.trained)
-        most = min(most, self.given.micro_batch_size or most)
+        most = min(most, options.micro_batch_size or most)
         size = 1 << max((most - 1).bit_length() - 1, 0)
         while size >= fewest:
             smaller = replace(options, micro_batch_size=size)
@@ -304,6 +307,53 @@ class RunPlanner:
                 return smaller
             size //= 2
         return None
+
+    def propose_larger_part(self, prefix: str = "") -> str:
+        """Return the option with the largest micro-batch that fits; empty if none is larger.
+
+        Args:
+            prefix: beginning of the options of the run on the command line.
+        """
+        size = self.given.micro_batch_size
+        if size is None or size >= max(map(self.rows_per_worker, self.config.trained)):
+            return ""
+        whole = replace(self.given, micro_batch_size=None)
+        found = self._largest_micro_batch(whole, size + 1)
+        return "" if found is None else found.describe(self.given, prefix)
+
+    def count_gathers(self, task: str) -> int:
+        """Return how often a step gathers the weights of its task from shards, at most.
+
+        Without checkpointing they stay for the step. With it each layer is freed after each pass:
+        a part goes forward and back, and first forward without gradients for a contrastive loss.
+
+        Args:
+            task: its name.
+        """
+        if self.given.sharding not in ("full", "hybrid") or self.workers == 1:
+            return 0
+        if not self.given.activation_checkpointing:
+            return 1
+        rows = self.config.tasks[task].batch_size
+        parts = count_parts(rows, self.workers, self.given.micro_batch_size)
+        spec = find_task(task, self.config.model.tasks)
+        return parts * (3 if parts > 1 and find_objective(spec.objective).pairs_towers else 2)
+
+    def count_model_flops(self, task: str, lengths: Mapping[str, int]) -> float | None:
+        """Return the operations of a row as the metrics of a run count them; None without formulas.
+
+        Args:
+            task: its name.
+            lengths: tower -> length of its row.
+        """
+        model = self._any_model.model
+        # The base class counts by running the model.
+        if type(model).flops is TaskModel.flops:
+            return None
+        try:
+            return float(PASSES * model.flops(task, lengths)[0])
+        except TypeError:  # the formulas do not know a stem of a third party
+            return None
 
     def advise(self, prefix: str = "") -> str:
         """Return the options that make the run fit, or the resource that it lacks.

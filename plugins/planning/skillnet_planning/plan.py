@@ -227,7 +227,7 @@ def show_plan(plan: "RunPlan") -> None:
         "Counted on tensors without values, for batches of the longest rows. Usable is the memory "
         "without 1.5 GB for CUDA and 5 % for gaps, which is an assumption.",
     )
-    columns = ["task", "rows", "tokens", "GB", "TFLOP", "compute s", "network s", "rows/s", "CPUs"]
+    columns = ["task", "rows", "tokens", "GB", "TFLOP", "MFU", "rows/s", "CPUs"]
     cells: list[list[Any]] = [
         [
             task.task,
@@ -235,8 +235,7 @@ def show_plan(plan: "RunPlan") -> None:
             task.tokens,
             f"{task.activation_gb:.2f}",
             f"{task.tflops:.2f}",
-            f"{task.compute_s:.3f}",
-            f"{task.network_s:.3f}",
+            "" if task.mfu is None else f"{task.mfu:.2f}",
             f"{task.rows_per_second:.0f}",
             f"{task.loader_cpus:.2f}",
         ]
@@ -246,11 +245,36 @@ def show_plan(plan: "RunPlan") -> None:
         "Steps by roofline, which is a bound and not a measurement",
         columns,
         cells,
-        "Of one worker: rows, GB, TFLOP, seconds, and CPUs that load its batches. Of all workers: "
-        f"rows/s. Network: {describe_links(pool)}.",
+        "Of one worker: rows, GB, TFLOP, and CPUs that load its batches. Of all workers: rows/s. "
+        "MFU: operations of the model without layers that are computed again, of the peak.",
+    )
+    times: list[list[Any]] = [
+        [
+            task.task,
+            f"{task.compute_s:.3f}",
+            task.operations,
+            f"{task.launch_s:.3f}",
+            f"{task.link_s:.3f}",
+            f"{task.network_s:.3f}",
+            f"{task.gathered_gb:.2f}",
+        ]
+        for task in plan.tasks
+    ]
+    console.print_table(
+        "Predicted seconds of a step",
+        ["task", "compute", "operations", "launches", "NVLink or PCIe", "network", "gathered GB"],
+        times,
+        f"Launches: 10 us each, an assumption, fewer if compiled. Links: {describe_links(pool)}. "
+        "Gathered: weights from shards, at most.",
     )
     shares = ", tasks weighted equally" if plan.equal_weights else ""
-    console.print_note(f"{plan.steps} steps: at least {plan.hours:.1f} h by roofline{shares}")
+    used = "" if plan.mfu is None else f", MFU {plan.mfu:.2f}"
+    console.print_note(
+        f"{plan.steps} steps: at least {plan.hours:.1f} h by roofline{used}{shares}; with launches "
+        f"{plan.launched_hours:.1f} h"
+    )
+    if plan.host_gb:
+        console.print_note(f"host memory for weights: {plan.host_gb:.1f} GB on each node")
     needed = max(task.loader_cpus for task in plan.tasks)
     if 0 < pool.cpus_per_worker < needed:
         console.print_warning(
@@ -259,6 +283,8 @@ def show_plan(plan: "RunPlan") -> None:
         )
     if plan.fits:
         console.print_note(f"it fits: {plan.memory.total / GB:.1f} GB of {gpu.describe()}")
+        if plan.larger_part:
+            console.print_note(f"the largest part that fits: {plan.larger_part}")
     else:
         console.print_warning(f"it does not fit. Use {plan.advice}")
     if plan.size_mismatch:

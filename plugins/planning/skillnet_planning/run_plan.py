@@ -1,11 +1,11 @@
 """Plan of a run on GPUs: memory, operations, rates by roofline, loader CPUs and hours.
 
 :func:`plan_run` is called by ``skillnet plan``. A roofline is a bound, not a measurement: each
-operation takes the time of its memory traffic or of its arithmetic at the peak of the data sheet.
-Launches of kernels and the host cost nothing, and the network is as fast as its vendor says.
+operation takes the time of its memory traffic or of its arithmetic at the peak of the data sheet,
+and the network is as fast as its vendor says. Launches are counted beside it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from skillnet_platform.cluster.gpu_types import GB, GpuType
 #: Bytes that AdamW and clipping move per trained weight: weight, gradient and two averages, each
 #: read, three of them written; clipping reads the gradient, and reads and writes it again.
 OPTIMIZER_BYTES = 28 + 12
+#: Time in which the host launches one operation of a step that is not compiled. An assumption.
+LAUNCH_S = 10e-6
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class WorkerPool:
         """Number of nodes."""
         return -(-self.workers // self.workers_per_node)
 
-    def sum_seconds(self, sent: float) -> float:
-        """Return the time of the sum of gradients over all workers.
+    def sum_seconds(self, sent: float) -> tuple[float, float]:
+        """Return the times of the sum of gradients over all workers, within and between nodes.
 
         GPUs of a node sum over their link, and nodes over the network, each as a ring that sends
         and receives 2 (n - 1) / n times the bytes. The second follows the first, as in the
@@ -58,7 +60,7 @@ class WorkerPool:
         inside, nodes = min(self.workers, self.workers_per_node), self.nodes
         link_s = 2 * (inside - 1) / inside * sent / (self.gpu.link_gb_s * GB)
         network_s = 2 * (nodes - 1) / nodes * sent * 8 / (self.network_gbit_s * GB)
-        return link_s + network_s
+        return link_s, network_s
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,15 @@ class TaskPlan:
         rows: rows of a step per worker.
         tokens: tokens of the longest row, of all towers.
         activation_gb: living tensors at the peak of the step, in GB.
-        tflops: operations of a step, in 1e12.
+        tflops: arithmetic of a step, in 1e12.
+        operations: kernels that the host launches in a step, without the update of the weights.
         compute_s: time of the operations by roofline.
-        network_s: time of the sum of gradients by the bandwidths within and between nodes.
+        launch_s: time in which the host launches them, if nothing is compiled.
+        link_s: time of the gradients, and of gathered weights, between the GPUs of a node.
+        network_s: the same between nodes.
+        gathered_gb: weights that a worker gathers from the shards of others, in GB; at most.
+        mfu: model FLOP utilisation by roofline, of the peak of the precision; None for a system
+            without formulas. Layers that are computed again do not count.
         rows_per_second: rate of all workers.
         loader_cpus: CPUs of a worker that load its batches as fast as it computes.
     """
@@ -82,15 +90,25 @@ class TaskPlan:
     tokens: int
     activation_gb: float
     tflops: float
+    operations: int
     compute_s: float
+    launch_s: float
+    link_s: float
     network_s: float
+    gathered_gb: float
+    mfu: float | None
     rows_per_second: float
     loader_cpus: float
 
     @property
     def step_s(self) -> float:
-        """Time of a step: the sum of gradients runs beside the backward pass."""
-        return max(self.compute_s, self.network_s)
+        """Time of a step: gradients and weights travel beside the passes."""
+        return max(self.compute_s, self.link_s + self.network_s)
+
+    @property
+    def launched_s(self) -> float:
+        """Time of a step that is not compiled: the host launches while the GPU computes."""
+        return max(self.step_s, self.launch_s)
 
 
 @dataclass(frozen=True)
@@ -107,6 +125,10 @@ class RunPlan:
         tasks: plans of the trained tasks.
         steps: number of optimizer steps of the run.
         hours: time bound of all steps by roofline; tasks without a weight count equally.
+        launched_hours: the same with launches of operations that are not compiled.
+        mfu: model FLOP utilisation of all steps by roofline; None for a system without formulas.
+        larger_part: option with the largest micro-batch that fits; empty if none is larger.
+        host_gb: memory of each node for the weights that ``training.sharding`` host keeps there.
         equal_weights: a task has no weight, so its share of the steps is unknown.
         size_mismatch: in words, how the size of a baseline misses the size that it aims at; empty
             if it has that size.
@@ -121,6 +143,10 @@ class RunPlan:
     tasks: list[TaskPlan]
     steps: int
     hours: float
+    launched_hours: float
+    mfu: float | None
+    larger_part: str
+    host_gb: float
     equal_weights: bool
     size_mismatch: str = ""
 
@@ -156,6 +182,10 @@ class RunPlan:
             "tasks": [asdict(task) | {"step_s": task.step_s} for task in self.tasks],
             "steps": self.steps,
             "hours": self.hours,
+            "launched_hours": self.launched_hours,
+            "mfu": self.mfu,
+            "larger_part": self.larger_part,
+            "host_gb": self.host_gb,
             "size_mismatch": self.size_mismatch,
         }
 
@@ -181,7 +211,16 @@ def plan_run(config: FinetuneConfig, pool: WorkerPool, prefix: str = "") -> RunP
     equal = len(given) < len(weights)
     share = {name: 1.0 if equal else float(weight or 0) for name, weight in weights.items()}
     total = sum(share.values())
-    mean = sum(share[task.task] / total * task.step_s for task in tasks)
+
+    def average(values: Iterable[float]) -> float:
+        return sum(
+            share[task.task] / total * value for task, value in zip(tasks, values, strict=True)
+        )
+
+    mean = average(task.step_s for task in tasks)
+    used = [task.mfu * task.step_s for task in tasks if task.mfu is not None]
+    training, inside = planner.config.training, min(pool.workers, pool.workers_per_node)
+    kept = planner.trained_parameters * (16 if training.ema else 12)
     steps = planner.config.training.steps
     return RunPlan(
         pool=pool,
@@ -193,6 +232,11 @@ def plan_run(config: FinetuneConfig, pool: WorkerPool, prefix: str = "") -> RunP
         tasks=tasks,
         steps=steps,
         hours=steps * mean / 3600,
+        launched_hours=steps * average(task.launched_s for task in tasks) / 3600,
+        mfu=average(used) / mean if len(used) == len(tasks) else None,
+        larger_part=planner.propose_larger_part(prefix) if fits else "",
+        # Each worker has a copy of its own.
+        host_gb=inside * kept / GB if training.sharding == "host" else 0.0,
         equal_weights=equal,
         size_mismatch=find_size_mismatch(planner.config) or "",
     )
@@ -204,22 +248,39 @@ def _plan_task(planner: RunPlanner, memory: WorkerMemory, name: str, pool: Worke
     trained = planner.trained_sizes[name]
     update_s = OPTIMIZER_BYTES * trained / (gpu.bandwidth_gb_s * GB)
     compute_s = passes * cost.seconds(gpu) + update_s
-    network_s = pool.sum_seconds(4 * trained)
-    step_s = max(compute_s, network_s)
+    gathers = planner.count_gathers(name)
+    link_s, network_s = pool.sum_seconds(4 * trained)
+    if gathers > 1:
+        # A sum has one gather in it, which is half of its traffic; hybrid gathers inside nodes.
+        link_s *= (1 + gathers) / 2
+        if planner.given.sharding == "full":
+            network_s *= (1 + gathers) / 2
+    step_s = max(compute_s, link_s + network_s)
     spec, lengths = find_task(name, config.model.tasks), longest_lengths(config, name)
     rows = planner.rows_per_worker(name)
     tokens = sum(
         find_modality(plan.modality).tensor_half.count_tokens(config.model, lengths[tower])
         for tower, plan in spec.towers.items()
     )
+    operations, size = passes * len(cost.operations), planner.given.micro_batch_size
+    if size is not None and passes > 1:
+        # The last part is launched as each other, although it has fewer rows.
+        operations *= -(-rows // size) * size / rows
+    peak = 1e12 * (gpu.bf16_tflops if planner.precision == "bf16" else gpu.fp32_tflops)
+    flops = planner.count_model_flops(name, lengths)
     return TaskPlan(
         task=name,
         rows=rows,
         tokens=tokens,
         activation_gb=memory.activations[name] / GB,
         tflops=passes * cost.flops / 1e12,
+        operations=round(operations),
         compute_s=compute_s,
+        launch_s=operations * LAUNCH_S,
+        link_s=link_s,
         network_s=network_s,
+        gathered_gb=4 * gathers * trained / GB,
+        mfu=None if flops is None else rows * flops / step_s / peak,
         rows_per_second=config.tasks[name].batch_size / step_s,
         loader_cpus=rows / step_s * _loader_seconds(config, name, lengths),
     )
