@@ -19,7 +19,7 @@ from pipelines.training.evaluation.tables import (
     score_chosen,
 )
 from skillnet.model import SkillNet
-from skillnet.objectives.base import NamedMetric, RowMetric, add_metrics
+from skillnet.objectives.base import NamedMetric, RowMetric, add_metrics, find_objective
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking.champion import MetricEstimate
 from sweeps.config.trials import ScoreConfig
@@ -124,6 +124,8 @@ def test_outcomes_page_and_registry_have_the_chosen_metric(
     (row,) = [row for row in rows if row["metric"] == name]
     manifest = {"tasks": {"kind": {"corpus_digest": "d"}}}
     with add_metrics(METRICS):
+        # Tasks of other objectives have other predictions.
+        assert not find_objective("retrieval").further
         page = run_description(rows, [], model.config, 100)
         estimates = registry_metrics(rows, model.config.tasks, manifest)
         later = evaluate_trained_model(
