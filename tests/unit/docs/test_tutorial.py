@@ -89,8 +89,9 @@ def test_the_tutorial_of_a_published_file_runs_as_printed(short_path: Path) -> N
 
 def split_line(line: str) -> list[str | float]:
     """Return the words and numbers of a line; digests and times are left out."""
-    words = re.findall(r"[0-9a-f]{16}|\d+ s\b|[−+-]?\d[\d,]*\.?\d*|[^\s\d]+", line)
-    kept = [word for word in words if not re.fullmatch(r"[0-9a-f]{16}|\d+ s", word)]
+    left_out = r"[0-9a-f]{16}|(?:\d+ min )?\d+(?:\.\d)? s\b"
+    words = re.findall(rf"{left_out}|[−+-]?\d[\d,]*\.?\d*|[^\s\d]+", line)
+    kept = [word for word in words if not re.fullmatch(left_out, word)]
     return [
         float(word.replace(",", "").replace("−", "-")) if word[-1].isdigit() else word
         for word in kept
