@@ -222,10 +222,9 @@ def show_proofs(proofs: "list[TaskProof]") -> None:
     columns = [
         "task", "package", "inputs", "rows", "differing", "to author", "parameters", "operations"
     ]  # fmt: skip
-    caption = (
-        "Old tasks: outputs before and after, bit by bit. New tasks: difference to the outputs of "
-        "their author."
-    )
+    caption = "Old tasks: outputs before and after, bit by bit."
+    if any(proof.package for proof in proofs):
+        caption += " Tasks of packages: difference to the outputs of their author."
     console.print_table("outputs", columns, rows, caption)
 
 
