@@ -216,6 +216,8 @@ def show_plans(result: CommandPlan) -> None:
 
 def show_plan(plan: "RunPlan") -> None:
     """Print the memory and the tasks of a plan as tables, and what makes it fit."""
+    from skillnet_planning.run_plan import LAUNCH_S
+
     gpu, pool = plan.pool.gpu, plan.pool
     rows: list[list[Any]] = [[part, f"{size:.2f}"] for part, size in plan.memory_parts().items()]
     rows += [["total", f"{plan.memory.total / GB:.2f}"]]
@@ -264,8 +266,8 @@ def show_plan(plan: "RunPlan") -> None:
         "Predicted seconds of a step",
         ["task", "compute", "operations", "launches", "NVLink or PCIe", "network", "gathered GB"],
         times,
-        f"Launches: 10 us each, an assumption, fewer if compiled. Links: {describe_links(pool)}. "
-        "Gathered: weights from shards, at most.",
+        f"Launches: {LAUNCH_S * 1e6:g} us each, an assumption, fewer if compiled. Links: "
+        f"{describe_links(pool)}. Gathered: weights from shards, at most.",
     )
     shares = ", tasks weighted equally" if plan.equal_weights else ""
     used = "" if plan.mfu is None else f", MFU {plan.mfu:.2f}"
