@@ -5,6 +5,7 @@ BIN = $(VENV)/bin
 INSTALL = tools/setup/install.sh $(BIN)/python
 PYTEST_ARGS ?=
 CHAOS_ARGS ?=
+GPU_ARGS ?=
 SEED ?= 0
 FUZZ_MINUTES ?= 20
 # The lock file names the public index, even if this machine uses another one.
@@ -102,9 +103,9 @@ fuzz: $(VENV)/.installed-dev  ## damage all inputs at random for FUZZ_MINUTES (2
 bench: $(VENV)/.installed-dev  ## measure speed, as ratios, into benchmarks/results/
 	$(BIN)/python -m benchmarks
 
-# Exits with 2 on a machine without a GPU.
-gpu: $(VENV)/.installed-dev  ## measure a GPU: parity, waits, time, MFU and memory per task, two runs
-	$(BIN)/python -m benchmarks.gpu_first_hour
+# Exits with 2 on a machine without a GPU. GPU_ARGS: parts, --again, --rehearse.
+gpu: $(VENV)/.installed-dev  ## measure a GPU in parts: rates, parity, steps, loader, checkpoints, ranks, the demo
+	$(BIN)/python -m benchmarks.gpu $(GPU_ARGS)
 
 clean:  ## remove the environment and caches, keep the runs
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache dist build

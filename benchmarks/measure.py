@@ -215,9 +215,24 @@ def write(
 
     ``clock`` names the one that was read, where the number of threads does not say it.
     """
+    common = describe_setting(threads, clock)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{common['date']}-{name}.csv"
+    rows = [rounded(asdict(result)) | common for result in results]
+    write_csv(path, rows, digits="")
+    return path
+
+
+def describe_setting(threads: int, clock: str = "") -> dict[str, Any]:
+    """Return the columns that all rows of a measurement share.
+
+    Args:
+        threads: number of threads.
+        clock: the one that was read, where the number of threads does not say it.
+    """
     import torch
 
-    common = {
+    return {
         **stamp(),
         "threads": threads,
         "clock": clock or ("cpu" if threads == 1 else "wall"),
@@ -225,14 +240,10 @@ def write(
         "python": ".".join(map(str, sys.version_info[:3])),
         "torch": torch.__version__,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{common['date']}-{name}.csv"
-    rows = [_rounded(asdict(result)) | common for result in results]
-    write_csv(path, rows, digits="")
-    return path
 
 
-def _rounded(row: dict[str, object]) -> dict[str, object]:
+def rounded(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with four digits of each number."""
     return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
 
 

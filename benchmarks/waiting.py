@@ -31,7 +31,8 @@ def run(rounds: int, threads: int) -> list[Result]:
     rate = GPU_ROWS * min(1.0, cores / GPU_CPUS)
     rounds = min(rounds, MOST_ROUNDS)
     with tempfile.TemporaryDirectory() as folder:
-        stream = _stream(Path(folder))
+        media = files("image", PICTURES)[0].parent.parent
+        stream = open_pictures(Path(folder), media, BATCH)
         ahead = _first()
         _steps(stream, 0, 4, 0.0)
         starts = [4 + number * (STEPS + 1) for number in range(rounds + 1)]
@@ -58,14 +59,20 @@ def run(rounds: int, threads: int) -> list[Result]:
     ]  # fmt: skip
 
 
-def _stream(folder: Path) -> MultiTaskDataLoader:
+def open_pictures(folder: Path, media: Path, batch_size: int) -> MultiTaskDataLoader:
+    """Prepare pictures with captions at 224 x 224, and return the batches of the training loop.
+
+    Args:
+        folder: receives the prepared corpus.
+        media: pictures, and their captions in ``metadata.jsonl``.
+        batch_size: rows of a batch.
+    """
     from pipelines.data.preprocessing.prepare import prepare
     from pipelines.data.shards.dataset import open_corpus
     from pipelines.training.config.run import FinetuneConfig, TaskTraining
     from skillnet_corpora.readers.folder import FolderCorpus
     from skillnet_platform import cluster
 
-    media = files("image", PICTURES)[0].parent.parent
     options = FolderCorpus.Options(size=PICTURE, validation=0.0, test=0.0)
     corpus = FolderCorpus(str(media), options, "pictures")
     with cluster.ray_session():
@@ -75,7 +82,7 @@ def _stream(folder: Path) -> MultiTaskDataLoader:
     words = int(opened["pictures"].manifest["tokenizer"]["vocab_size"])
     model = replace(config.model, image_size=PICTURE, patch_size=16)
     model = replace(model, vocab_size=max(words, model.vocab_size))
-    tasks = {"text_to_image": TaskTraining("pictures", batch_size=BATCH)}
+    tasks = {"text_to_image": TaskTraining("pictures", batch_size=batch_size)}
     return MultiTaskDataLoader(opened, tasks, model, 0, AUGMENTATIONS[config.training.augment])
 
 

@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Module
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from benchmarks.gpu.step_parts import StepRunner
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.evaluation.inference import InferenceRunner, memory_inputs
 from pipelines.training.loading.dataloader import Batch
@@ -283,6 +284,20 @@ def iter_cases(corpora: Path) -> Iterator[tuple[str, Callable[[], dict[str, Any]
         return census.measure(replace(batches["text_classification"], task="grown"), StepOptions())
 
     yield "skillnet grown", train_grown
+
+    def step_of_make_gpu() -> dict[str, Any]:
+        training = replace(config.training, precision="bf16")
+        model = StepCensus(config, "skillnet", mode).model
+        with mode:
+            runner = StepRunner(replace(config, training=training), CUDA, model)
+            step = runner.make_step("text_classification", 8, None)
+            for _ in range(2):
+                # The first step makes the state of the optimizer.
+                with DeviceWatch() as watch:
+                    step()
+        return describe(watch)
+
+    yield "make gpu text_classification", step_of_make_gpu
 
 
 def iter_base_cases() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:

@@ -1,0 +1,1 @@
+"""Measurements of GPUs in parts, of which each keeps what it has measured; see ``make gpu``."""
