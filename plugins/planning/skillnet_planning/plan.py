@@ -25,10 +25,10 @@ from skillnet_platform.config.bounds import PositiveAmount, require_bounds
 from skillnet_platform.errors import UserError, suggest_name
 
 if TYPE_CHECKING:
-    from skillnet_planning.run_plan import RunPlan, WorkerPool
+    from skillnet_planning.run_plan import RunPlan, TaskPlan, WorkerPool
 
 #: Options of this command; all others belong to the command that is planned.
-OWN_OPTIONS = ("gpus", "cluster", "network_gbit_s")
+OWN_OPTIONS = ("gpus", "cluster", "network_gbit_s", "measurements")
 
 
 @dataclass
@@ -40,12 +40,15 @@ class PlanConfig:
         gpus: number and type of GPUs, such as ``4xL4``, in as few nodes as AWS allows.
         cluster: file of `ray up` whose GPU instances are planned for, instead of ``gpus``.
         network_gbit_s: bandwidth between two nodes in Gbit/s; null takes that of the instances.
+        measurements: CSV of ``make gpu`` on such a GPU; its rates take the place of the data
+            sheet's, and its steps stand beside the prediction.
     """
 
     entry: list[str] = positional_field([])
     gpus: str | None = None
     cluster: str | None = None
     network_gbit_s: PositiveAmount | None = None
+    measurements: str | None = None
 
     def __post_init__(self) -> None:
         require_bounds(self)
@@ -134,7 +137,7 @@ def describe_links(pool: "WorkerPool") -> str:
         else f"one node of {inside} GPU" + "s" * (inside > 1)
     ]
     if inside > 1:
-        parts.append(f"{pool.gpu.link_gb_s:g} GB/s inside a node")
+        parts.append(f"{pool.rates.link_gb_s:g} GB/s inside a node")
     if pool.nodes > 1:
         parts.append(f"{pool.network_gbit_s:g} Gbit/s between nodes")
     return ", ".join(parts)
@@ -216,8 +219,6 @@ def show_plans(result: CommandPlan) -> None:
 
 def show_plan(plan: "RunPlan") -> None:
     """Print the memory and the tasks of a plan as tables, and what makes it fit."""
-    from skillnet_planning.run_plan import LAUNCH_S
-
     gpu, pool = plan.pool.gpu, plan.pool
     rows: list[list[Any]] = [[part, f"{size:.2f}"] for part, size in plan.memory_parts().items()]
     rows += [["total", f"{plan.memory.total / GB:.2f}"]]
@@ -243,8 +244,10 @@ def show_plan(plan: "RunPlan") -> None:
         ]
         for task in plan.tasks
     ]
+    measured = pool.measured
+    source = "the data sheet" if measured is None else f"the rates in {measured.path.name}"
     console.print_table(
-        "Steps by roofline, which is a bound and not a measurement",
+        f"Steps by roofline of {source}, which is a bound and not a measurement",
         columns,
         cells,
         "Of one worker: rows, GB, TFLOP, and CPUs that load its batches. Of all workers: rows/s. "
@@ -259,15 +262,28 @@ def show_plan(plan: "RunPlan") -> None:
             f"{task.link_s:.3f}",
             f"{task.network_s:.3f}",
             f"{task.gathered_gb:.2f}",
+            *([] if measured is None else [_describe_measured(task)]),
         ]
         for task in plan.tasks
     ]
+    heads = [
+        "task",
+        "compute",
+        "operations",
+        "launches",
+        "NVLink or PCIe",
+        "network",
+        "gathered GB",
+    ]
+    is_known = measured is not None and measured.launch_s is not None
+    launches = f"{pool.launch_s * 1e6:.3g} us each, {'measured' if is_known else 'an assumption'}"
+    beside = "" if measured is None else " Measured: one GPU, without links, beside compute."
     console.print_table(
         "Predicted seconds of a step",
-        ["task", "compute", "operations", "launches", "NVLink or PCIe", "network", "gathered GB"],
+        [*heads, *([] if measured is None else ["measured"])],
         times,
-        f"Launches: {LAUNCH_S * 1e6:g} us each, an assumption, fewer if compiled. Links: "
-        f"{describe_links(pool)}. Gathered: weights from shards, at most.",
+        f"Launches: {launches}, fewer if compiled. Links: {describe_links(pool)}. Gathered: "
+        f"weights from shards, at most.{beside}",
     )
     shares = ", tasks weighted equally" if plan.equal_weights else ""
     used = "" if plan.mfu is None else f", MFU {plan.mfu:.2f}"
@@ -291,6 +307,14 @@ def show_plan(plan: "RunPlan") -> None:
         console.print_warning(f"it does not fit. Use {plan.advice}")
     if plan.size_mismatch:
         console.print_warning(plan.size_mismatch)
+
+
+def _describe_measured(task: "TaskPlan") -> str:
+    """Return the measured seconds of a step and their ratio to the prediction, or a dash."""
+    if task.measured_s is None:
+        return "–"
+    predicted = max(task.compute_s, task.launch_s)
+    return f"{task.measured_s:.3f} ({task.measured_s / predicted:.2f} x)"
 
 
 def find_instance(gpu: GpuType, gpus: int) -> InstanceType:
@@ -327,7 +351,11 @@ def main(config: PlanConfig) -> CommandPlan:
     """Run ``skillnet plan``."""
     # The types of GPUs load torch, so the runs come first.
     runs, pool = parse_runs(config.entry), parse_pool(config)
+    from skillnet_planning.measurements import read_measurements
     from skillnet_planning.run_plan import plan_run
+
+    if config.measurements is not None:
+        pool = replace(pool, measured=read_measurements(Path(config.measurements)))
 
     plans: dict[str, RunPlan] = {}
     for run in runs:

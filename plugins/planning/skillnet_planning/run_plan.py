@@ -14,6 +14,7 @@ from pipelines.training.loop.run_evaluation import find_size_mismatch
 from skillnet.modality import find_modality
 from skillnet.skills import find_task
 from skillnet_planning.example_batches import longest_lengths
+from skillnet_planning.measurements import Measurements, describe_step
 from skillnet_planning.memory_plan import MemoryOptions, RunPlanner, WorkerMemory
 from skillnet_platform.cluster.gpu_types import GB, GpuType
 
@@ -34,6 +35,7 @@ class WorkerPool:
         network_gbit_s: bandwidth between two nodes in Gbit/s.
         cpus_per_worker: CPUs beside each GPU; 0 if unknown.
         workers_per_node: GPUs of each node; 1 if unknown.
+        measured: rates of this GPU in place of its data sheet; None without a measurement.
     """
 
     gpu: GpuType
@@ -41,6 +43,18 @@ class WorkerPool:
     network_gbit_s: float
     cpus_per_worker: float = 0.0
     workers_per_node: int = 1
+    measured: Measurements | None = None
+
+    @property
+    def rates(self) -> GpuType:
+        """The GPU with its measured rates, if there are any."""
+        return self.gpu if self.measured is None else self.measured.apply(self.gpu)
+
+    @property
+    def launch_s(self) -> float:
+        """Seconds in which the host launches one operation of a step that is not compiled."""
+        measured = None if self.measured is None else self.measured.launch_s
+        return LAUNCH_S if measured is None else measured
 
     @property
     def nodes(self) -> int:
@@ -58,7 +72,7 @@ class WorkerPool:
             sent: bytes of the gradients of a worker.
         """
         inside, nodes = min(self.workers, self.workers_per_node), self.nodes
-        link_s = 2 * (inside - 1) / inside * sent / (self.gpu.link_gb_s * GB)
+        link_s = 2 * (inside - 1) / inside * sent / (self.rates.link_gb_s * GB)
         network_s = 2 * (nodes - 1) / nodes * sent * 8 / (self.network_gbit_s * GB)
         return link_s, network_s
 
@@ -83,6 +97,7 @@ class TaskPlan:
             without formulas. Layers that are computed again do not count.
         rows_per_second: rate of all workers.
         loader_cpus: CPUs of a worker that load its batches as fast as it computes.
+        measured_s: measured time of such a step of one GPU, without links; None without one.
     """
 
     task: str
@@ -99,6 +114,7 @@ class TaskPlan:
     mfu: float | None
     rows_per_second: float
     loader_cpus: float
+    measured_s: float | None = None
 
     @property
     def step_s(self) -> float:
@@ -178,7 +194,9 @@ class RunPlan:
             "usable_gb": gpu.usable_bytes / GB,
             "fits": self.fits,
             "advice": self.advice,
-            "method": "roofline, not a measurement",
+            "method": "roofline, not a measurement"
+            if self.pool.measured is None
+            else f"roofline of the rates in {self.pool.measured.path}",
             "tasks": [asdict(task) | {"step_s": task.step_s} for task in self.tasks],
             "steps": self.steps,
             "hours": self.hours,
@@ -243,11 +261,11 @@ def plan_run(config: FinetuneConfig, pool: WorkerPool, prefix: str = "") -> RunP
 
 
 def _plan_task(planner: RunPlanner, memory: WorkerMemory, name: str, pool: WorkerPool) -> TaskPlan:
-    config, gpu = planner.config, pool.gpu
+    config, gpu, rates = planner.config, pool.gpu, pool.rates
     cost, passes = planner.measure(name, planner.given)
     trained = planner.trained_sizes[name]
-    update_s = OPTIMIZER_BYTES * trained / (gpu.bandwidth_gb_s * GB)
-    compute_s = passes * cost.seconds(gpu) + update_s
+    update_s = OPTIMIZER_BYTES * trained / (rates.bandwidth_gb_s * GB)
+    compute_s = passes * cost.seconds(rates) + update_s
     gathers = planner.count_gathers(name)
     link_s, network_s = pool.sum_seconds(4 * trained)
     if gathers > 1:
@@ -268,6 +286,7 @@ def _plan_task(planner: RunPlanner, memory: WorkerMemory, name: str, pool: Worke
         operations *= -(-rows // size) * size / rows
     peak = 1e12 * (gpu.bf16_tflops if planner.precision == "bf16" else gpu.fp32_tflops)
     flops = planner.count_model_flops(name, lengths)
+    described = describe_step(config, name, rows, size, config.training.compile)
     return TaskPlan(
         task=name,
         rows=rows,
@@ -276,13 +295,14 @@ def _plan_task(planner: RunPlanner, memory: WorkerMemory, name: str, pool: Worke
         tflops=passes * cost.flops / 1e12,
         operations=round(operations),
         compute_s=compute_s,
-        launch_s=operations * LAUNCH_S,
+        launch_s=operations * pool.launch_s,
         link_s=link_s,
         network_s=network_s,
         gathered_gb=4 * gathers * trained / GB,
         mfu=None if flops is None else rows * flops / step_s / peak,
         rows_per_second=config.tasks[name].batch_size / step_s,
         loader_cpus=rows / step_s * _loader_seconds(config, name, lengths),
+        measured_s=None if pool.measured is None else pool.measured.steps.get(described),
     )
 
 
