@@ -4,9 +4,9 @@ The hosts are nodes of one Ray on this machine, with a CPU each. A seed decides 
 hosts are killed, and when; killed hosts come back. The same growths are then trained by one command
 each, without Ray. The union must have the bytes of these growths.
 
-Work is CPU time of all processes, Ray's own included. The ideal time is the work of these commands,
-divided by the cores of this machine, which all hosts share. The time of the union is no
-part of either side: ``skillnet merge`` takes it after the commands too.
+Work is CPU time of all processes, those of Ray's nodes included. The ideal time is the work of
+these commands, divided by the cores of this machine, which all hosts share. The time of the union
+is no part of either side: ``skillnet merge`` takes it after the commands too.
 
 Bytes between hosts are those that a job needs from elsewhere and gives back: base in, skill out.
 Data-parallel training of the same growths sends every gradient from every host in every step;
@@ -35,7 +35,7 @@ from benchmarks.measure import Result, plain
 ROOT = Path(__file__).parents[1]
 HOSTS = 8
 GROWTHS = 8
-STEPS = 6000
+STEPS = 10_000
 #: Steps between checkpoints: what a lost process repeats.
 CHECKPOINT_EVERY = 50
 #: Killed processes and killed hosts.
@@ -272,9 +272,9 @@ class Killer:
                 if sum(map(self._step, self._tasks)) >= moment and kill():
                     done.append(kind)
                     break
-                time.sleep(0.2)
+                time.sleep(0.5)
         while not (self._folder / "apart" / "merge.yaml").is_file() and command.poll() is None:
-            time.sleep(0.2)
+            time.sleep(0.5)
         return done
 
     def _kill_process(self) -> bool:
@@ -301,7 +301,9 @@ class Killer:
 
 
 class ProcessorMeter:
-    """CPU seconds of this process and its descendants, those that were killed included.
+    """CPU seconds of the descendants of this process, those that were killed included.
+
+    What this process takes to watch and to kill them is no work of theirs.
 
     A killed process whose parent was killed too leaves its time to nobody, so living ones are read.
     """
@@ -327,14 +329,14 @@ class ProcessorMeter:
         return sum(self._known.values())
 
     def _watch(self) -> None:
-        while not self._over.wait(1.0):
+        while not self._over.wait(2.0):
             self._look()
 
     def _look(self) -> None:
         import psutil
 
-        own = psutil.Process()
-        for process in {own, *own.children(recursive=True), *list(self._known)}:
+        children = psutil.Process().children(recursive=True)
+        for process in {*children, *list(self._known)}:
             try:
                 self._known[process] = sum(process.cpu_times()[:2])
             except psutil.Error:

@@ -29,7 +29,8 @@ from benchmarks.gpu.bench import GpuBench, MeasuredPart, find_device, last_line
 from benchmarks.gpu.part_list import list_parts
 from benchmarks.measure import Result, plain, read_csv_rows
 from skillnet_platform import console
-from skillnet_platform.errors import UserError
+from skillnet_platform.errors import TerminatedError, UserError
+from skillnet_platform.signals import terminate_as_interrupt
 
 #: Row of a part that has ended, and of one that has failed.
 FINISHED, FAILED = "finished", "failed"
@@ -83,9 +84,11 @@ def run_part(rows: PartRows, name: str, command: Sequence[str], limit_s: float) 
             if process.returncode:
                 note = last_line(errors) or f"exit code {process.returncode}"
         except subprocess.TimeoutExpired:
-            # Its ranks, loaders and runs end with it.
-            os.killpg(process.pid, signal.SIGKILL)
             note = f"not finished after {limit_s:g} s"
+        finally:
+            # Its ranks, loaders and runs end with it, also if this process is asked to end.
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
     if note:
         rows.append(name, plain(FAILED, "", float("nan"), note=note))
         console.print_warning(f"{name}: {note}")
@@ -158,12 +161,17 @@ def main(argv: list[str] | None = None) -> int:
     words += ["--rounds", str(options.rounds), *["--rehearse"] * options.rehearse]
     done = set() if options.again else rows.list_finished()
     failed = []
-    for number, name in enumerate(wanted, 1):
-        if name in done:
-            continue
-        console.print_note(f"[{number}/{len(wanted)}] {name}")
-        if not run_part(rows, name, [*words, name], options.limit):
-            failed.append(name)
+    try:
+        with terminate_as_interrupt():
+            for number, name in enumerate(wanted, 1):
+                if name in done:
+                    continue
+                console.print_note(f"[{number}/{len(wanted)}] {name}")
+                if not run_part(rows, name, [*words, name], options.limit):
+                    failed.append(name)
+    except (KeyboardInterrupt, TerminatedError):
+        console.print_warning(f"ended; {rows.path} keeps what was measured")
+        return 130
     missed = [row["measured"] for row in read_csv_rows(rows.path) if row["met"] == "no"]
     console.print_note(f"the rows are in {rows.path}")
     if failed:

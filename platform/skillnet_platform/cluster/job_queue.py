@@ -22,8 +22,8 @@ from skillnet_platform.storage.locks import LEASE_S, LockHeldError
 
 JobState = Literal["waiting", "running", "done", "failed"]
 
-#: Seconds between two looks at the jobs.
-POLL_S = 0.5
+#: Seconds between two looks at the jobs, which take hours. The end of a job is seen at once.
+POLL_S = 2.0
 
 
 @dataclass
