@@ -7,6 +7,7 @@ from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -95,6 +96,12 @@ def finish_run(rank: int, world: int, config: FinetuneConfig, run: str, brief: b
     run_worker(ResolvedRun(config, Path(run)), rank, world, final=FinalEvaluation(brief=brief))
 
 
+def finish_resumed(rank: int, world: int, config: FinetuneConfig, run: str) -> None:
+    """Finish a run whose checkpoint makes initial weights superfluous."""
+    with mock.patch.object(setup, "build_model", side_effect=AssertionError("weights were drawn")):
+        finish_run(rank, world, config, run)
+
+
 def read_rows(run: Path) -> list[dict[str, Any]]:
     rows = json.loads((run / TRAINED).read_text())["evaluation"]
     return [{key: row[key] for key in ("task", "split", "metric", "value")} for row in rows]
@@ -120,7 +127,7 @@ def test_two_then_four_ranks_equal_one_process(data: Path, tmp_path: Path) -> No
     finish_run(0, 1, config, str(tmp_path / "alone"))
     config.training.sharding = "full"
     run_ranks(2, train_first_steps, config, str(tmp_path / "run"), 7)
-    run_ranks(4, finish_run, config, str(tmp_path / "run"))
+    run_ranks(4, finish_resumed, config, str(tmp_path / "run"))
     assert_equal_runs(tmp_path / "run", tmp_path / "alone")
     assert read_rows(tmp_path / "run") == read_rows(tmp_path / "alone")
     files = read_manifest(tmp_path / "run" / MODEL)["files"].keys()

@@ -11,11 +11,14 @@
 There is no generator state: all randomness is keyed by (seed, step).
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -39,6 +42,7 @@ from skillnet.serialization import (
     mark_tensors,
     read_manifest,
     save_tensors,
+    write_config,
     write_manifest,
     write_parts,
 )
@@ -85,29 +89,48 @@ class UnchangedFiles:
         self.entries: dict[str, Mapping[str, Any]] = {}
         self._marks: dict[str, TensorMarks] = {}
 
-    def save(self, tensors: Mapping[str, Tensor], path: Path) -> None:
-        """Write a file of a checkpoint, or link an earlier one that has the same tensors.
+    def link(self, tensors: Mapping[str, Tensor], path: Path) -> bool:
+        """Link the file of an earlier checkpoint that has the same tensors; return whether it can.
 
         Args:
             tensors: name -> tensor of the training, not a copy of it.
             path: location of the file.
         """
         if self._linked is not None and path.name not in self._linked:
-            _save_copies(tensors, path)
-            return
+            return False
         marks = self._marks[path.name] = mark_tensors(tensors)
         known = self._known.get(path.name)
-        if known is not None and known.marks == marks and _link(known.path, path, known.entry):
-            self.entries[path.name] = known.entry
-        elif known is not None or not self._initial:
+        if known is None or known.marks != marks or not _link(known.path, path, known.entry):
+            return False
+        self.entries[path.name] = known.entry
+        return True
+
+    def write(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+        """Write a file that :meth:`link` did not link.
+
+        Args:
+            tensors: name -> tensor of the training, or a copy of it.
+            path: location of the file.
+        """
+        if path.name in self._known or not self._initial:
             _save_copies(tensors, path)
-        else:
-            content = safetensors.torch.save(_to_cpu(tensors))
-            digest = hashlib.sha256(content).hexdigest()
-            entry = self.entries[path.name] = {"bytes": len(content), "sha256": digest}
-            initial = self._initial.get((path.name, digest))
-            if initial is None or not _link(initial, path, entry):
-                path.write_bytes(content)
+            return
+        content = safetensors.torch.save(_to_cpu(tensors))
+        digest = hashlib.sha256(content).hexdigest()
+        entry = self.entries[path.name] = {"bytes": len(content), "sha256": digest}
+        initial = self._initial.get((path.name, digest))
+        if initial is None or not _link(initial, path, entry):
+            path.write_bytes(content)
+
+    def save(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+        """Link or write a file of a checkpoint.
+
+        Args:
+            tensors: name -> tensor of the training, not a copy of it.
+            path: location of the file.
+        """
+        if not self.link(tensors, path):
+            self.write(tensors, path)
 
     def count_bytes(self, tensors: "CheckpointTensors") -> int:
         """Return the bytes of the files that the next checkpoint links.
@@ -319,12 +342,125 @@ def write_checkpoint(
         known = {} if unchanged is None else unchanged.entries
         complete_checkpoint(staging, written, tensors.complete_state(step, state), known)
     if unchanged is not None:
-        unchanged.commit(final, read_manifest(final)["files"])
-        # The final model takes over what no task reads, and older checkpoints are removed.
-        for file, each in tensors.model.unread.items():
-            tensors.model.unread[file] = each._replace(path=final / f"{file}.safetensors")
+        _take_over(unchanged, final, tensors.model)
     remove_old_checkpoints(folder, keep)
     return final
+
+
+def _take_over(unchanged: UnchangedFiles, final: Path, model: TaskModel) -> None:
+    """Let later checkpoints, and the final model, link the files of a finished one."""
+    unchanged.commit(final, read_manifest(final)["files"])
+    # The final model takes over what no task reads, and older checkpoints are removed.
+    for file, each in model.unread.items():
+        model.unread[file] = each._replace(path=final / f"{file}.safetensors")
+
+
+def writes_beside_training(device: torch.device) -> bool:
+    """Return whether whole checkpoints of a run on a device are written beside its steps.
+
+    Args:
+        device: that computes, so that a thread of the host may write.
+    """
+    return device.type == "cuda"
+
+
+class BackgroundCheckpoints:
+    """Writer of whole checkpoints beside the training; at most one is being written.
+
+    A step waits only for the copies of the tensors that changed, in the host's memory::
+
+        loop     step k  copy  step k+1  step k+2 …
+        thread                 write, hash, rename
+
+    Args:
+        folder: directory of the run's checkpoints.
+        tensors: weights, optimizer state and averages, whole.
+        keep: number of checkpoints that stay.
+        unchanged: files of earlier checkpoints of this process.
+        on_written: called in the thread with each complete checkpoint and its step.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tensors: CheckpointTensors,
+        keep: int,
+        unchanged: UnchangedFiles,
+        on_written: Callable[[Path, int], None],
+    ) -> None:
+        self._folder, self._tensors, self._keep = folder, tensors, keep
+        self._unchanged, self._on_written = unchanged, on_written
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[Path] | None = None
+        #: File -> name -> copy, used again by each checkpoint: pinning memory takes long.
+        self._copies: dict[str, dict[str, Tensor]] = {}
+
+    def start(self, step: int, state: dict[str, Any]) -> None:
+        """Copy the tensors of a step, and begin to write them.
+
+        Args:
+            step: steps done.
+            state: further keys of ``state.json``.
+
+        Raises:
+            UserError: the disk is full, now or for the checkpoint before.
+        """
+        self.finish()
+        tensors, final = self._tensors, self._folder / f"{PREFIX}{step:08d}"
+        needed = tensors.count_bytes() - self._unchanged.count_bytes(tensors)
+        storage.require_space(final, needed)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(storage.disk_guard(final, needed))
+            staging = stack.enter_context(storage.staging_directory(final))
+            written, copied = [write_config(tensors.model, staging)], {}
+            for file, values in chain(tensors.read_weights(), tensors.read_state()):
+                name = f"{file}.safetensors"
+                written.append(name)
+                if not self._unchanged.link(values, staging / name):
+                    copied[name] = self._copy(name, values)
+            if any(x.is_cuda for x in tensors.model.parameters()):
+                torch.cuda.current_stream().synchronize()
+            complete = tensors.complete_state(step, state)
+            opened = stack.pop_all()
+        self._writing = self._thread.submit(
+            self._write, opened, staging, final, written, copied, complete
+        )
+
+    def _copy(self, file: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        places = self._copies.setdefault(file, {})
+        for name, value in values.items():
+            if name not in places:
+                places[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            places[name].copy_(value.detach(), non_blocking=True)
+        return {name: places[name] for name in values}
+
+    def _write(
+        self,
+        opened: contextlib.ExitStack,
+        staging: Path,
+        final: Path,
+        written: list[str],
+        copied: Mapping[str, Mapping[str, Tensor]],
+        state: dict[str, Any],
+    ) -> Path:
+        with opened:
+            for name, values in copied.items():
+                self._unchanged.write(values, staging / name)
+            complete_checkpoint(staging, written, state, self._unchanged.entries)
+        _take_over(self._unchanged, final, self._tensors.model)
+        remove_old_checkpoints(self._folder, self._keep)
+        self._on_written(final, state["step"])
+        return final
+
+    def finish(self) -> Path | None:
+        """Wait until the last checkpoint is complete, and return its folder; None without one."""
+        writing, self._writing = self._writing, None
+        return None if writing is None else writing.result()
+
+    def close(self) -> Path | None:
+        """Finish the last checkpoint, and end the thread; see :meth:`finish`."""
+        with self._thread:
+            return self.finish()
 
 
 def complete_checkpoint(

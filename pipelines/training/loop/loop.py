@@ -46,6 +46,8 @@ from skillnet.multitask_model import TaskModel
 from skillnet.precision import choose_precision
 
 if TYPE_CHECKING:
+    from pipelines.training.loop.checkpointing import BackgroundCheckpoints
+    from pipelines.training.loop.sharded_checkpoints import ShardedCheckpoints
     from pipelines.training.loop.sharding import ModelShards
 
 
@@ -190,11 +192,19 @@ def train_model(
     gauges = GaugePublisher(str(config.name))
     stopped, path, leaving = None, None, False
     step = start
-    writer = None
+    writer: ShardedCheckpoints | BackgroundCheckpoints | None = None
     if run.has_folder and shards is not None:
         from pipelines.training.loop.sharded_checkpoints import open_writer
 
         writer = open_writer(run.folder / "checkpoints", tensors, rank, settings, reporter)
+    elif run.has_folder and not rank and checkpointing.writes_beside_training(device):
+        writer = checkpointing.BackgroundCheckpoints(
+            run.folder / "checkpoints",
+            tensors,
+            settings.keep_checkpoints,
+            unchanged or checkpointing.UnchangedFiles(only_unread=True),
+            reporter.checkpoint,
+        )
 
     def save_checkpoint() -> Path | None:
         health.reduce()

@@ -398,7 +398,7 @@ def build_replica(
     """
     settings = config.training
     if settings.sharding in ("full", "hybrid") and world > 1:
-        return _build_shards(config, corpora, rank, world, device, dtype)
+        return _build_shards(config, corpora, rank, world, device, dtype, checkpoint)
     # Weights that are not in use stay in the host's memory.
     place = torch.device("cpu") if settings.sharding == "host" else device
     report = None
@@ -406,8 +406,7 @@ def build_replica(
         model = given
         of_task = {name: corpora[task.corpus] for name, task in config.tasks.items()}
         model.vocabulary = read_corpora_vocabulary(config.model.tasks, of_task)
-    # Other systems may build parts that no checkpoint holds.
-    elif checkpoint is not None and find_used_files(config) is not None:
+    elif checkpoint is not None and _is_restored_whole(config):
         model = _build_resumed(config, checkpoint)
     else:
         # Each rank builds the model from the seed or the initial weights.
@@ -434,6 +433,13 @@ def build_replica(
     sync = GradientSync(active, world)
     source = None if report is None else Path(report.source)
     return TrainingReplica(model, model, active, sync, source=source)
+
+
+def _is_restored_whole(config: FinetuneConfig) -> bool:
+    """Return whether a checkpoint holds all of a system, so that no initial weights are needed."""
+    system = find_system(config.system)
+    shape = system.find_shape(config.model, config.options)
+    return system.model.needed_files(shape, config.tasks) is not None
 
 
 def _build_resumed(config: FinetuneConfig, checkpoint: checkpoints.VerifiedCheckpoint) -> TaskModel:
@@ -467,6 +473,7 @@ def _build_shards(
     world: int,
     device: torch.device,
     dtype: torch.dtype,
+    checkpoint: checkpoints.VerifiedCheckpoint | None,
 ) -> TrainingReplica:
     # Other runs start faster without these libraries.
     from pipelines.training.loop.sharding import (
@@ -485,7 +492,12 @@ def _build_shards(
         compile_plans(structure, whole, rank=rank)
     active = trainable_parameters(structure, config)
     # The first rank alone holds the whole model, on the host, until it has sent all parts.
-    source = build_model(config, corpora) if rank == 0 else None
+    if rank:
+        source = None
+    elif checkpoint is not None and _is_restored_whole(config):
+        source = _build_resumed(config, checkpoint)
+    else:
+        source = build_model(config, corpora)
     shards = shard_model(
         structure,
         whole,

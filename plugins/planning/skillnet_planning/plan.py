@@ -292,7 +292,7 @@ def show_plan(plan: "RunPlan") -> None:
         f"{plan.launched_hours:.1f} h"
     )
     if plan.host_gb:
-        console.print_note(f"host memory for weights: {plan.host_gb:.1f} GB on each node")
+        console.print_note(f"host memory for weights: up to {plan.host_gb:.1f} GB on a node")
     needed = max(task.loader_cpus for task in plan.tasks)
     if 0 < pool.cpus_per_worker < needed:
         console.print_warning(

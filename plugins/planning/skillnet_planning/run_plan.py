@@ -144,7 +144,8 @@ class RunPlan:
         launched_hours: the same with launches of operations that are not compiled.
         mfu: model FLOP utilisation of all steps by roofline; None for a system without formulas.
         larger_part: option with the largest micro-batch that fits; empty if none is larger.
-        host_gb: memory of each node for the weights that ``training.sharding`` host keeps there.
+        host_gb: memory of a node for the weights that ``training.sharding`` host keeps there, and
+            for the copy of a checkpoint that is being written.
         equal_weights: a task has no weight, so its share of the steps is unknown.
         size_mismatch: in words, how the size of a baseline misses the size that it aims at; empty
             if it has that size.
@@ -239,6 +240,7 @@ def plan_run(config: FinetuneConfig, pool: WorkerPool, prefix: str = "") -> RunP
     used = [task.mfu * task.step_s for task in tasks if task.mfu is not None]
     training, inside = planner.config.training, min(pool.workers, pool.workers_per_node)
     kept = planner.trained_parameters * (16 if training.ema else 12)
+    is_whole = training.sharding in ("none", "host")
     steps = planner.config.training.steps
     return RunPlan(
         pool=pool,
@@ -253,8 +255,8 @@ def plan_run(config: FinetuneConfig, pool: WorkerPool, prefix: str = "") -> RunP
         launched_hours=steps * average(task.launched_s for task in tasks) / 3600,
         mfu=average(used) / mean if len(used) == len(tasks) else None,
         larger_part=planner.propose_larger_part(prefix) if fits else "",
-        # Each worker has a copy of its own.
-        host_gb=inside * kept / GB if training.sharding == "host" else 0.0,
+        # Each worker keeps its weights. The first one also copies them for a checkpoint.
+        host_gb=(inside * (training.sharding == "host") + is_whole) * kept / GB,
         equal_weights=equal,
         size_mismatch=find_size_mismatch(planner.config) or "",
     )

@@ -1,9 +1,11 @@
 """Checkpoints are complete or rejected."""
 
+import errno
 import json
 import shutil
 import subprocess
 import sys
+import threading
 from itertools import pairwise
 from pathlib import Path
 
@@ -78,7 +80,11 @@ def _inodes(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_ino for path in folder.iterdir()}
 
 
-def test_a_checkpoint_writes_what_changed_and_links_the_rest(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_beside", [False, True], ids=["in the loop", "beside the loop"])
+def test_a_checkpoint_writes_what_changed_and_links_the_rest(
+    data: Path, tmp_path: Path, is_beside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpointing, "writes_beside_training", lambda device: is_beside)
     config = small_config(data, steps=6, checkpoint_every=2, keep_checkpoints=3, precision="fp32")
     source = tmp_path / "base"
     build_model(config).save_pretrained(source)
@@ -100,6 +106,91 @@ def test_a_checkpoint_writes_what_changed_and_links_the_rest(data: Path, tmp_pat
     assert all(kept[0][name] == initial[name] for name in weights)
     for folder in folders:
         checkpoints.verify_checkpoint(folder)
+
+
+@pytest.mark.parametrize("sharding", ["none", "host"])
+def test_checkpoints_beside_the_loop_have_the_same_bytes(
+    data: Path, tmp_path: Path, sharding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"checkpoint_every": 2, "keep_checkpoints": 9, "ema": 0.9, "sharding": sharding}
+    config = small_config(data, steps=7, **options)
+    for name, is_beside in (("plain", False), ("beside", True)):
+        monkeypatch.setattr(checkpointing, "writes_beside_training", lambda device, b=is_beside: b)
+        train_model(ResolvedRun(config, tmp_path / name), stop_at=3)
+        done = train_model(ResolvedRun(config, tmp_path / name))
+        assert done.resumed == 3
+        assert done.checkpoint == tmp_path / name / "checkpoints" / "step-00000007"
+    expected = sorted((tmp_path / "plain").rglob("step-*/*"))
+    assert len(expected) > 20
+    for path in expected:
+        other = tmp_path / "beside" / path.relative_to(tmp_path / "plain")
+        assert path.read_bytes() == other.read_bytes(), path.name
+
+
+class BackgroundWriter:
+    """A writer of the checkpoints of a model, whose thread waits for :meth:`release`."""
+
+    def __init__(self, data: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        config = small_config(data)
+        self.model, self.steps = build_model(config), list[int]()
+        self._go = threading.Event()
+        optimizer = build_optimizer(self.model.named_parameters(), config.training)
+        self.writer = checkpointing.BackgroundCheckpoints(
+            folder,
+            checkpointing.CheckpointTensors(self.model, optimizer, None),
+            9,
+            checkpointing.UnchangedFiles(),
+            lambda path, step: self.steps.append(step),
+        )
+        save = checkpointing._save_copies
+
+        def wait(tensors: dict[str, torch.Tensor], path: Path) -> None:
+            assert self._go.wait(60)
+            save(tensors, path)
+
+        monkeypatch.setattr(checkpointing, "_save_copies", wait)
+
+    def release(self) -> None:
+        self._go.set()
+
+
+def test_later_steps_do_not_change_a_checkpoint_in_progress(data, tmp_path, monkeypatch):
+    background = BackgroundWriter(data, tmp_path, monkeypatch)
+    weights = dict(background.model.named_parameters())
+    before = {name: x.detach().clone() for name, x in weights.items()}
+    background.writer.start(1, {})
+    with torch.no_grad():
+        for x in weights.values():
+            x += 1
+    assert background.steps == []
+    background.release()
+    path = background.writer.finish()
+    assert (path, background.steps) == (tmp_path / "step-00000001", [1])
+    checkpoints.verify_checkpoint(path)
+    loaded = dict(SkillNet.from_pretrained(path).named_parameters())
+    assert all(torch.equal(loaded[name], x) for name, x in before.items())
+    # The next checkpoint has the later values, although the copies keep their memory.
+    background.writer.start(2, {})
+    loaded = dict(SkillNet.from_pretrained(background.writer.close()).named_parameters())
+    assert all(torch.equal(loaded[name], x.detach()) for name, x in weights.items())
+
+
+def test_a_full_disk_is_reported_by_the_next_checkpoint(data, tmp_path, monkeypatch):
+    background = BackgroundWriter(data, tmp_path, monkeypatch)
+    background.release()
+    background.writer.start(1, {})
+    assert background.writer.finish() is not None
+
+    def fail(*given: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpointing, "complete_checkpoint", fail)
+        background.writer.start(2, {})
+        with pytest.raises(UserError, match="disk is full"):
+            background.writer.start(3, {})
+    assert [path.name for path in list_checkpoint_folders(tmp_path)] == ["step-00000001"]
+    assert background.steps == [1]
 
 
 @pytest.mark.parametrize("change", ["in place", "another tensor", "no links", "file cut short"])
