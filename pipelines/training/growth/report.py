@@ -214,6 +214,7 @@ class GrowthReport(ChangeReport):
         optimizer_files: weight files with optimizer state.
         transfer_results: scores of the new task of the grown model and of the reference runs.
         rank: columns of the new skill if it is a low-rank difference; 0 for whole matrices.
+        chosen: old task -> metric that it chose to be ranked by, in place of the primary one.
     """
 
     source: str
@@ -232,6 +233,7 @@ class GrowthReport(ChangeReport):
     optimizer_files: list[str]
     transfer_results: list[TransferResult]
     rank: int = 0
+    chosen: Mapping[str, str] = field(default_factory=dict)
 
     kind = "growth"
     derived = ("is_unchanged",)
@@ -280,7 +282,12 @@ class GrowthReport(ChangeReport):
     def build_tables(self) -> list[ReportTable]:
         """Return (title, columns, cells) of each table of the report."""
         primary = evaluation_tables.PRIMARY_METRICS
-        old_tasks = [task for task in self.tasks if task.metric in primary]
+        old_tasks = [
+            task
+            for task in self.tasks
+            if task.metric == self.chosen.get(task.task, task.metric)
+            and (task.task in self.chosen or task.metric in primary)
+        ]
         added = "skill" if self.skill else "head"
         if self.rank:
             added += f" of rank {self.rank}"

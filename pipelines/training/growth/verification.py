@@ -212,6 +212,7 @@ def build_growth_report(
             )
         ],
         rank=low_rank.rank if low_rank else 0,
+        chosen={row["task"]: row["metric"] for row in old_rows if "score" in row},
     )
 
 

@@ -172,3 +172,17 @@ def test_a_used_name_is_refused_for_other_references(tmp_path: Path, data: Path)
     for others in ([], ["fresh"]):
         with pytest.raises(UserError, match=r"has references \['fresh', 'everything'\], not"):
             runs.check_same_references(replace(config, references=others), stored)
+
+
+def test_a_metric_that_an_old_task_chose_is_shown_in_place_of_the_primary_one() -> None:
+    states = [
+        TaskState("topics", "test", "accuracy", 0.9, 0.9, True),
+        TaskState("topics", "test", "macro_f1", 0.8, 0.8, True),
+        TaskState("text_to_code", "test", "recall_at_10", 0.5, 0.5, True),
+        TaskState("text_to_code", "test", "recall_at_1", 0.25, 0.25, True),
+    ]
+    text = growth(tasks=states, chosen={"topics": "macro_f1"}).to_markdown()
+    assert "| topics | test | macro-F1 | 80.0 % | 80.0 % | same |" in text
+    assert "| text_to_code | test | R@10 | 50.0 % | 50.0 % | same |" in text
+    assert "accuracy | 90.0 %" not in text
+    assert "R@1 |" not in text
