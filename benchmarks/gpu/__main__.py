@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     slug = re.sub(r"[^a-z0-9]+", "-", bench.card.name.lower()).strip("-")
     rows = PartRows(options.output / f"gpu-{slug}.csv")
     if options.child:
-        (name,) = wanted
+        (name,) = options.parts
         with tempfile.TemporaryDirectory(prefix="gpu-") as scratch:
             bench.scratch = Path(scratch)
             try:

@@ -22,7 +22,13 @@ from skillnet_planning.memory_plan import RunPlanner
 from skillnet_platform.cluster.gpu_types import GB
 
 #: Rows of a step, and rows that are computed at a time; None computes all at once.
-BATCHES: tuple[tuple[int, int | None], ...] = ((32, None), (128, None), (128, 32), (512, None))
+BATCHES: tuple[tuple[int, int | None], ...] = (
+    (128, None),
+    (128, 32),
+    (32, None),
+    (64, None),
+    (512, None),
+)
 TINY_BATCHES: tuple[tuple[int, int | None], ...] = ((4, None), (8, 4))
 WARM_UP = 3
 
@@ -94,8 +100,9 @@ def measure_steps(
     training = replace(config.training, compile=is_compiled, use_gpu=bench.is_gpu)
     # Only this task: the others would have averages of Adam, too.
     config = replace(config, training=training, tasks={task: config.tasks[task]})
-    runner = StepRunner(config, bench.device)
+    runner: StepRunner | None = None
     for rows, part in TINY_BATCHES if bench.is_rehearsal else BATCHES:
+        runner = runner or StepRunner(config, bench.device)
         sized = replace(config.tasks[task], batch_size=rows)
         own = replace(
             config,
@@ -104,6 +111,7 @@ def measure_steps(
         )
         setting = describe_step(own, task, rows, part, is_compiled)
         name = f"{preset}, {task}"
+        step: Callable[[], None] | None
         try:
             step = runner.make_step(task, rows, part)
             began = time.perf_counter()
@@ -114,7 +122,8 @@ def measure_steps(
         except torch.OutOfMemoryError:
             note = "out of memory"
             yield plain(name, "s per step", float("nan"), setting=setting, note=note)
-            runner.optimizer.zero_grad()
+            # Its gradients are half summed, so the next batch gets another model.
+            step, runner = None, None
             torch.cuda.empty_cache()
             continue
         yield Result(name, "", "s per step", *spread(seconds), "", bench.rounds, setting)
@@ -148,7 +157,7 @@ def trace_steps(bench: GpuBench, preset: str) -> Iterator[Result]:
     config = bench.read_preset(preset)
     runner = StepRunner(config, bench.device)
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * bench.is_gpu]
-    rows, part = (TINY_BATCHES if bench.is_rehearsal else BATCHES)[1]
+    rows, part = (TINY_BATCHES if bench.is_rehearsal else BATCHES)[0]
     for task in config.trained:
         step = runner.make_step(task, rows, part)
         for _ in range(WARM_UP):
