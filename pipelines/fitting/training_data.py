@@ -1,5 +1,7 @@
 """Prepared corpora of the tasks that Python trains: :class:`TrainingData`."""
 
+import contextlib
+import re
 import shutil
 import tempfile
 import weakref
@@ -37,6 +39,21 @@ if TYPE_CHECKING:
 
 #: Keys of a run that the model and its data decide.
 DECIDED = ("model.", "data", "system", "options", "from", "init_from", "corpora.")
+
+
+@contextlib.contextmanager
+def _errors_name_rows(scratch: Path) -> Iterator[None]:
+    """Let errors of a block name the rows in memory, and options as an argument of Python.
+
+    Args:
+        scratch: folder of the files that hold the rows, each with the name of its task.
+    """
+    try:
+        yield
+    except UserError as error:
+        file = re.compile(rf"{re.escape(str(scratch))}/([^/\s]+)\.(parquet|jsonl)")
+        text = file.sub(r"the rows of \1", str(error))
+        raise UserError(text.replace("--options.", "options.")) from None
 
 
 class TrainingData:
@@ -81,7 +98,10 @@ class TrainingData:
         #: Task -> name of its corpus in :attr:`folder`.
         self.corpora = {task: path.name for task, path in ready.items()}
         raw = {task: source for task, source in sources.items() if task not in ready}
-        with tempfile.TemporaryDirectory(prefix="skillnet-rows-") as scratch:
+        with (
+            tempfile.TemporaryDirectory(prefix="skillnet-rows-") as scratch,
+            _errors_name_rows(Path(scratch)),
+        ):
             external = []
             for task, source in raw.items():
                 given = dict(options.get(task, {}))

@@ -322,6 +322,8 @@ def test_media_may_be_paths_sounds_or_bytes(tmp_path: Path) -> None:
         ([{"text": "a", "label": 1}, {"text": "b", "label": "x"}], "column label mixes kinds"),
         ([{1: "a"}], "a column is named 1"),
         ({"train": [{"text": "a"}], 3: []}, "the rows of each split by its name"),
+        # Errors of readers name no file that the user does not have.
+        ([{"foo": 1}], "^the rows of topic: no text field among foo; give options.topic.text"),
     ],
 )
 def test_rows_that_cannot_be_read_are_named(rows: Any, message: str, tmp_path: Path) -> None:
