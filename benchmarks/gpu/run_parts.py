@@ -33,7 +33,7 @@ LOADERS = (0, 4, 8)
 LOADED_STEPS = 20
 #: Task that the loader feeds, and the one that an offloaded model changes to.
 PICTURES, OTHER = "text_to_image", "speech_recognition"
-RUN_STEPS, RESTART_STEPS, RESTART_CHECKPOINT = 40, 60, 10
+RUN_STEPS, RESTART_STEPS, RESTART_CHECKPOINT = 40, 200, 10
 
 
 def measure_loader(bench: GpuBench) -> Iterator[Result]:
@@ -173,11 +173,14 @@ def measure_swaps(bench: GpuBench) -> Iterator[Result]:
 
 
 def measure_restart(bench: GpuBench) -> Iterator[Result]:
-    """Kill a run with signal 9 and start it again; yield what that costs."""
-    every = bench.choose_size(RESTART_CHECKPOINT, 2)
-    steps = bench.choose_size(RESTART_STEPS, 8)
+    """Kill a run with signal 9 and start it again; yield what that costs.
+
+    Raises:
+        UserError: the run ends before it is killed, or does not end well afterwards.
+    """
+    every, steps = RESTART_CHECKPOINT, RESTART_STEPS
     config = bench.make_run(steps=steps, checkpoint_every=every, log_every=1)
-    config = replace(config, name="restart", run_dir=str(bench.scratch / "restart"))
+    config = replace(config, name="restart", run_dir=str(bench.scratch))
     file = bench.scratch / "restart.yaml"
     file.write_text(configuration.to_yaml(config), encoding="utf-8")
     words = [*_program(), "finetune", "--config", str(file), "--tracking.register", "false"]
@@ -188,8 +191,9 @@ def measure_restart(bench: GpuBench) -> Iterator[Result]:
         while run.poll() is None and not (progress.is_file() and read_pace(progress)[0] > every):
             time.sleep(0.05)
         killed = read_pace(progress)[0] if progress.is_file() else 0
-        if run.poll() is None:
-            os.killpg(run.pid, signal.SIGKILL)
+        if run.poll() is not None:
+            raise UserError(f"the run ended with {run.returncode} before it was killed")
+        os.killpg(run.pid, signal.SIGKILL)
     began = time.perf_counter()
     done = subprocess.run([*words, "--json"], env=home, capture_output=True, text=True)
     if done.returncode:
