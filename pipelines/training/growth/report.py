@@ -285,8 +285,7 @@ class GrowthReport(ChangeReport):
         old_tasks = [
             task
             for task in self.tasks
-            if task.metric == self.chosen.get(task.task, task.metric)
-            and (task.task in self.chosen or task.metric in primary)
+            if task.metric in ([self.chosen[task.task]] if task.task in self.chosen else primary)
         ]
         added = "skill" if self.skill else "head"
         if self.rank:

@@ -159,6 +159,11 @@ def find_used_files(config: FinetuneConfig) -> set[str] | None:
     # A part of every weight lies on each rank that shares them.
     if config.training.sharding in ("full", "hybrid"):
         return None
+    return _find_needed_files(config)
+
+
+def _find_needed_files(config: FinetuneConfig) -> set[str] | None:
+    """Return the files of the tasks of a run; None if its system may have parts in no file."""
     # A baseline has other skills than the study's SkillNet.
     system = find_system(config.system)
     return system.model.needed_files(system.find_shape(config.model, config.options), config.tasks)
@@ -406,7 +411,7 @@ def build_replica(
         model = given
         of_task = {name: corpora[task.corpus] for name, task in config.tasks.items()}
         model.vocabulary = read_corpora_vocabulary(config.model.tasks, of_task)
-    elif checkpoint is not None and _is_restored_whole(config):
+    elif checkpoint is not None and _find_needed_files(config) is not None:
         model = _build_resumed(config, checkpoint)
     else:
         # Each rank builds the model from the seed or the initial weights.
@@ -433,13 +438,6 @@ def build_replica(
     sync = GradientSync(active, world)
     source = None if report is None else Path(report.source)
     return TrainingReplica(model, model, active, sync, source=source)
-
-
-def _is_restored_whole(config: FinetuneConfig) -> bool:
-    """Return whether a checkpoint holds all of a system, so that no initial weights are needed."""
-    system = find_system(config.system)
-    shape = system.find_shape(config.model, config.options)
-    return system.model.needed_files(shape, config.tasks) is not None
 
 
 def _build_resumed(config: FinetuneConfig, checkpoint: checkpoints.VerifiedCheckpoint) -> TaskModel:
@@ -494,7 +492,7 @@ def _build_shards(
     # The first rank alone holds the whole model, on the host, until it has sent all parts.
     if rank:
         source = None
-    elif checkpoint is not None and _is_restored_whole(config):
+    elif checkpoint is not None and _find_needed_files(config) is not None:
         source = _build_resumed(config, checkpoint)
     else:
         source = build_model(config, corpora)

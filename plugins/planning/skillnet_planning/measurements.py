@@ -38,8 +38,8 @@ def describe_step(
         part: rows that are computed at a time; None, or not fewer, computes all at once.
         is_compiled: whether the model is compiled.
     """
-    model = {key: value for key, value in to_dict(config.model).items() if key != "tasks"}
-    plan = to_dict(config.model).get("tasks", {}).get(task)
+    model = to_dict(config.model)
+    plan = model.pop("tasks", {}).get(task)
     checkpointing = config.training.activation_checkpointing
     sizes = [config.system, model, plan, config.tasks[task].max_length, checkpointing]
     at_once = rows if part is None else min(part, rows)

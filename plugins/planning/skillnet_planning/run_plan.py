@@ -288,7 +288,10 @@ def _plan_task(planner: RunPlanner, memory: WorkerMemory, name: str, pool: Worke
         operations *= -(-rows // size) * size / rows
     peak = 1e12 * (gpu.bf16_tflops if planner.precision == "bf16" else gpu.fp32_tflops)
     flops = planner.count_model_flops(name, lengths)
-    described = describe_step(config, name, rows, size, config.training.compile)
+    measured_s = None
+    if pool.measured is not None:
+        step = describe_step(config, name, rows, size, config.training.compile)
+        measured_s = pool.measured.steps.get(step)
     return TaskPlan(
         task=name,
         rows=rows,
@@ -304,7 +307,7 @@ def _plan_task(planner: RunPlanner, memory: WorkerMemory, name: str, pool: Worke
         mfu=None if flops is None else rows * flops / step_s / peak,
         rows_per_second=config.tasks[name].batch_size / step_s,
         loader_cpus=rows / step_s * _loader_seconds(config, name, lengths),
-        measured_s=None if pool.measured is None else pool.measured.steps.get(described),
+        measured_s=measured_s,
     )
 
 
