@@ -176,7 +176,9 @@ def predict_rows(config: PredictConfig) -> "RowAnswers":
     from pipelines.serving.bundle import open_predictor
     from pipelines.serving.predictor import DEFAULT_TOP, RowAnswers
 
-    predictor = open_predictor(source, source.find_corpora(config.data), config.precision)
+    predictor = open_predictor(
+        source, source.find_corpora(config.data), config.precision, config.task
+    )
     parts = list(predictor.answer_rows(rows, config.top or DEFAULT_TOP))
     answered = [each for part in parts for each in part.answered]
     rejected = [row for part in parts for row in part.rejected]

@@ -30,6 +30,7 @@ from skillnet.config import SkillNetConfig
 from skillnet.multitask_model import TaskModel
 from skillnet.serialization import save_model
 from skillnet.skills import find_task
+from skillnet_platform import console
 from skillnet_platform.config import parse_config, to_dict
 from skillnet_platform.config.parser import list_options
 from skillnet_platform.errors import UserError
@@ -42,18 +43,22 @@ DECIDED = ("model.", "data", "system", "options", "from", "init_from", "corpora.
 
 
 @contextlib.contextmanager
-def _errors_name_rows(scratch: Path) -> Iterator[None]:
-    """Let errors of a block name the rows in memory, and options as an argument of Python.
+def _messages_name_rows(scratch: Path) -> Iterator[None]:
+    """Let errors and warnings of a block name the rows in memory, and options as Python's argument.
 
     Args:
         scratch: folder of the files that hold the rows, each with the name of its task.
     """
+    file = re.compile(rf"{re.escape(str(scratch))}/([^/\s]+)\.(parquet|jsonl)")
+
+    def name_rows(text: str) -> str:
+        return file.sub(r"the rows of \1", text).replace("--options.", "options.")
+
     try:
-        yield
+        with console.changed_messages(name_rows):
+            yield
     except UserError as error:
-        file = re.compile(rf"{re.escape(str(scratch))}/([^/\s]+)\.(parquet|jsonl)")
-        text = file.sub(r"the rows of \1", str(error))
-        raise UserError(text.replace("--options.", "options.")) from None
+        raise UserError(name_rows(str(error))) from None
 
 
 class TrainingData:
@@ -100,7 +105,7 @@ class TrainingData:
         raw = {task: source for task, source in sources.items() if task not in ready}
         with (
             tempfile.TemporaryDirectory(prefix="skillnet-rows-") as scratch,
-            _errors_name_rows(Path(scratch)),
+            _messages_name_rows(Path(scratch)),
         ):
             external = []
             for task, source in raw.items():

@@ -272,7 +272,9 @@ def open_request_predictor(request: BatchRequest) -> "tuple[TaskPredictor, str]"
     # torch loads here: a wrong input or model is reported without it.
     from pipelines.serving.bundle import open_predictor
 
-    predictor = open_predictor(source, source.find_corpora(request.data), request.precision)
+    predictor = open_predictor(
+        source, source.find_corpora(request.data), request.precision, request.task
+    )
     # The corpora of a checkpoint determine its names, captions and preprocessing.
     tasks = {task: predictor.describe_task(task) for task in predictor.tasks}
     return predictor, digest_config([source.digest, tasks, predictor.tokenizer.to_str()])

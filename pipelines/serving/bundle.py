@@ -56,6 +56,7 @@ from skillnet.serialization import (
     save_tensors,
     write_model,
 )
+from skillnet.skills import find_task
 from skillnet_platform import __version__, console
 from skillnet_platform.config import digest_config
 from skillnet_platform.errors import UserError, first_line
@@ -345,7 +346,10 @@ def _read_caption_bank(folder: Path, task: str, width: int) -> CaptionBank:
 
 
 def open_predictor(
-    source: ModelSource, data: str | Path | None, precision: str = "auto"
+    source: ModelSource,
+    data: str | Path | None,
+    precision: str = "auto",
+    task: str | None = None,
 ) -> TaskPredictor:
     """Return a predictor for any model; the bundle of a checkpoint is built once and cached.
 
@@ -353,11 +357,17 @@ def open_predictor(
         source: the model.
         data: directory of prepared corpora; required for a checkpoint, which has no tokenizer.
         precision: see :class:`pipelines.training.evaluation.inference.InferenceRunner`.
+        task: value of ``--task``, which the model must have.
 
     Raises:
-        UserError: as for :func:`build_bundle` and :func:`open_bundle`.
+        UserError: an unknown task; and as for :func:`build_bundle` and :func:`open_bundle`.
     """
     folder, (manifest, model) = _find_bundle(source, data, _load_checked_bundle)
+    if task is not None:
+        try:
+            find_task(task, model.config.tasks)
+        except ValueError as error:
+            raise UserError(f"--task: {error}") from None
     return _make_predictor(folder, manifest, model, precision)
 
 

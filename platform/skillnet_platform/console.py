@@ -32,6 +32,8 @@ SECONDS_BETWEEN_LINES = 10.0
 SHORTEST_RATED_S = 0.05
 #: Columns of a line where no terminal and no variable gives another number.
 COLUMNS_OF_FILES = 120
+#: See :func:`changed_messages`.
+_change: Callable[[str], str] = str
 
 
 class OutputError(Exception):
@@ -156,6 +158,21 @@ def print_json_lines(objects: Iterable[Any]) -> None:
     """Print results as JSON, one object per line, on standard output."""
     with write_results() as stream:
         stream.writelines(f"{_format_json(each)}\n" for each in objects)
+
+
+@contextlib.contextmanager
+def changed_messages(change: Callable[[str], str]) -> Iterator[None]:
+    """Change the notes, warnings and errors that the process prints in a block.
+
+    Args:
+        change: message -> message.
+    """
+    global _change
+    before, _change = _change, change
+    try:
+        yield
+    finally:
+        _change = before
 
 
 def print_note(message: str) -> None:
@@ -431,7 +448,8 @@ def format_minutes(seconds: float) -> str:
 def _print_line(text: str, prefix: str = "") -> None:
     # A lost message, for example on a full disk, must not end the work.
     with contextlib.suppress(OSError):
-        print(f"{prefix}{escape_controls(redact_secrets(text))}", file=sys.stderr, flush=True)
+        line = escape_controls(redact_secrets(_change(text)))
+        print(f"{prefix}{line}", file=sys.stderr, flush=True)
 
 
 def _show_results() -> contextlib.AbstractContextManager[Any]:

@@ -125,16 +125,24 @@ def write_corpora(
             console.show_progress("preparing", unit="rows") as bar,
             contextlib.closing(tasks.run(running, session)) as results,
         ):
+            bar.found(sum(state.rows for state in states))
             for result in results:
                 if "user_error" in result:
                     raise UserError(result["user_error"])
                 if "store_unavailable" in result:
                     raise StoreUnavailableError(result["store_unavailable"])
                 state = states[result["corpus"]]
+                bar.total = bar.total or _count_rows(states)
                 bar.advance(state.add_result(result), state.job.corpus.name)
                 state.check_error_rate(max_error_rate)
                 if state.is_complete():
                     yield state.finish()
+
+
+def _count_rows(states: Sequence[CorpusProgress]) -> int | None:
+    """Return the rows of all corpora once they are read, which is long before they are decoded."""
+    counts = [state.count_rows() for state in states]
+    return None if None in counts else sum(count or 0 for count in counts)
 
 
 def _start_job(job: CorpusJob, store: str | None, stack: contextlib.ExitStack) -> CorpusProgress:

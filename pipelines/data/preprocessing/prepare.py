@@ -38,6 +38,7 @@ from pipelines.data.preprocessing.progress import (
     MAX_ADVISED_RATE,
     MOSTLY_BAD_ADVICE,
     check_first_rows,
+    list_frequent,
 )
 from pipelines.data.preprocessing.remote_staging import clear_staging, upload_shared_files
 from pipelines.data.preprocessing.staging import finish_commit, staging_path
@@ -240,7 +241,10 @@ def _prepare(
         manifests = pipeline.write_corpora(jobs, max_error_rate, tasks, store)
         for manifest in stack.enter_context(contextlib.closing(manifests)):
             done[manifest["corpus"]] = summarize_manifest(manifest, "prepared")
-            console.print_note(f"{manifest['corpus']}: {manifest['rows_out']} rows prepared")
+            reasons = Counter(manifest["quarantine"])
+            bad = f", {reasons.total()} rejected: {list_frequent(reasons)}" if reasons else ""
+            rows = f"{manifest['rows_out']} rows prepared"
+            console.print_note(f"{manifest['corpus']}: {rows}{bad}")
     return {corpus.name: done[corpus.name] for corpus in corpora}
 
 

@@ -74,6 +74,11 @@ class CorpusProgress:
         self.rows += result["rows"]
         return int(result["rows"])
 
+    def count_rows(self) -> int | None:
+        """Return the number of rows that are to be transformed, once all were read."""
+        read = self._find_read_summary()
+        return read and sum(read[0].split_rows.values())
+
     def is_complete(self) -> bool:
         """Return whether all blocks were read and all of their shards are finished."""
         return self.summary is not None and len(self.stems) == self.units
@@ -262,7 +267,7 @@ def make_rate_error(
     """
     return UserError(
         f"{name}: {count} rows ({share:.1%}) were rejected; the limit is {max_error_rate:.1%} "
-        f"(max_error_rate). {_list_frequent(reasons)}. See {rejected}. {advice}"
+        f"(max_error_rate). {list_frequent(reasons)}. See {rejected}. {advice}"
     )
 
 
@@ -281,12 +286,13 @@ def make_unusable_error(
     return UserError(
         f"{name}: no row is left to train on, so it was not published. "
         f"{sum(split_rows.values())} of {rows_in} rows can be used ({counts or 'none'}), and "
-        f"{reasons.total()} were rejected{': ' * bool(reasons)}{_list_frequent(reasons)}. Fix the "
+        f"{reasons.total()} were rejected{': ' * bool(reasons)}{list_frequent(reasons)}. Fix the "
         "rows, or the options that choose rows and splits"
     )
 
 
-def _list_frequent(reasons: Counter[str]) -> str:
+def list_frequent(reasons: Counter[str]) -> str:
+    """Return the most frequent reasons: ``3 × no label; 1 × an empty text``."""
     return "; ".join(f"{count} × {why}" for why, count in reasons.most_common(5))
 
 

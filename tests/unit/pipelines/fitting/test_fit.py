@@ -329,3 +329,23 @@ def test_media_may_be_paths_sounds_or_bytes(tmp_path: Path) -> None:
 def test_rows_that_cannot_be_read_are_named(rows: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         TrainingData({"topic": rows}, tmp_path)
+
+
+def test_preparing_rows_in_memory_says_what_was_rejected_and_names_no_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": f"字{n % 40}", "label": "ab"[n % 2]} for n in range(200)]
+    bad = [{"text": "", "label": "a"}, {"text": "字", "label": None}, {"text": "", "label": "b"}]
+    TrainingData({"topic": rows + bad}, tmp_path / "data")
+    printed = capsys.readouterr().err
+    assert "topic: 200 rows prepared, 3 rejected: 2 × an empty text; 1 × no label\n" in printed
+    # The total is known once all rows are read.
+    assert "preparing: 200/200 rows" in printed
+    assert "--options" not in printed
+
+    # Warnings name rows and options, too: here the one about classes that are numbers.
+    numbers = [{"text": f"字{n}", "label": str(n % 30)} for n in range(200)]
+    TrainingData({"topic": numbers}, tmp_path / "further")
+    printed = capsys.readouterr().err
+    assert "warning: the rows of topic: " in printed
+    assert "--options" not in printed

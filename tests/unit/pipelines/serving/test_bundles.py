@@ -177,6 +177,18 @@ def test_damaged_cache_of_a_checkpoint_is_built_again(place, tmp_path, monkeypat
         bundle.open_predictor(model_source.resolve_model(str(folder)), place.data)
 
 
+def test_a_wrong_task_is_an_error_of_the_option_and_not_of_a_row(
+    place: ServedPlace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text\n数学\n", encoding="utf-8")
+    for words in (["--text", "数学"], [f"--input={rows}"], [f"--input={rows}", "--output=a.csv"]):
+        where = ["--model", str(place.bundle), "--task", "text_clasification"]
+        assert predict.main([*words, *where]) == 2
+        message = capsys.readouterr().err
+        assert "error: --task: unknown task 'text_clasification'; did you mean" in message
+
+
 def test_predictions_and_rejected_rows_are_joined_with_their_input(place, tmp_path, capsys):
     """Rejected rows and files with several functions leave no prediction without its row.
 
