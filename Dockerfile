@@ -3,8 +3,9 @@
 #   docker build -t skillnet .                               # CPU
 #   docker build -t skillnet:cuda --build-arg TORCH=cuda .   # NVIDIA GPU; run with --gpus all
 #   docker run --rm -v skillnet:/data --shm-size=4g skillnet quickstart
-ARG PYTHON=3.12
-FROM python:${PYTHON}-slim-bookworm
+# Python 3.12.14 of 2026-08-25. A tag can be moved, a digest cannot. Source: docker-library/repo-info,
+# commit 33a22f41, repos/python/remote/3.12-slim-bookworm.md.
+FROM python:3.12-slim-bookworm@sha256:0f5b26b9518d002b6173fd61daad821fa340635ebfec5bba471013f9ca114579
 
 # cpu: PyTorch's CPU build. cuda: the build of PyPI, which brings its CUDA libraries.
 ARG TORCH=cpu

@@ -4,8 +4,8 @@
     python -m tools.release --full   as ``make release`` does: all of it, and it trains
 
 Both use the oldest and the newest supported Python, which uv finds or downloads. The full run fails
-without one of them; the other names it. Wheels, the SBOM and the table of licences are written to
-``build/release``.
+without one of them; the other names it, and takes the newest that there is. Wheels, the SBOM and
+the table of licences are written to ``build/release``.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+import wave
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,6 +47,13 @@ TINY_RUN = """\
 model: {dim: 32, num_layers: 1, num_heads: 2, ffn_dim: 64}
 tasks: {say_colour: {corpus: colours, batch_size: 8}}
 training: {steps: 4, threads_per_worker: 1}
+"""
+
+#: Program that reads the sound file of its argument.
+READ_SOUND = """\
+import pathlib, sys
+from pipelines.data.transforms.containers import measure_seconds
+print(measure_seconds(pathlib.Path(sys.argv[1]).read_bytes()))
 """
 
 
@@ -156,6 +164,11 @@ def use_commands(environment: Path, folder: Path, has_all: bool) -> None:
     """
     rows = [f"{colour}色的心{n},{colour}" for colour in "红蓝绿" for n in range(27)]
     (folder / "colours.csv").write_text("\n".join(["text,label", *rows]), encoding="utf-8")
+    with wave.open(str(folder / "tone.wav"), "wb") as tone:
+        tone.setnchannels(1)
+        tone.setsampwidth(2)
+        tone.setframerate(8000)
+        tone.writeframes(bytes(1600))
     (folder / "tiny.yaml").write_text(TINY_RUN)
     scores = ["system,seed,task,row,unit,score"]
     scores += [
@@ -171,6 +184,8 @@ def use_commands(environment: Path, folder: Path, has_all: bool) -> None:
     run("skillnet", "--help")
     run("skillnet-evidence", "compare", "scores.csv")
     run("skillnet", "inspect", "colours.csv")
+    # The newest Python has newer decoders than the tests; `prepare` of media needs Ray.
+    run("python", "-c", READ_SOUND, "tone.wav")
     run("skillnet", "prepare", "--corpus", "colours=folder:colours.csv", "--tokenizer", "learn")
     if has_all:
         run("skillnet", "finetune", "--config", "tiny.yaml", "--name", "tiny")
@@ -196,16 +211,18 @@ def write_inventory(environment: Path, target: Path) -> None:
     run_words(*licences, *doubts, "--ignore-packages", *REVIEWED)
 
 
-def try_wheels(wheels: Sequence[Path], has_all: bool) -> list[str]:
-    """Install and use wheels on the oldest and the newest Python; return those that were missing.
+def try_wheels(wheels: Sequence[Path], has_all: bool) -> tuple[list[str], list[str]]:
+    """Install and use wheels on the oldest and the newest Python; return those used and missing.
+
+    Where the newest is missing, the next one takes its place, and so on.
 
     Args:
         wheels: one file per distribution.
         has_all: with all dependencies; see :func:`use_commands`.
     """
-    found = re.findall(r"Python :: (3\.\d+)", str(read_project(ROOT)["classifiers"]))
-    missing = []
-    for version in (found[0], found[-1]):
+    oldest, *newer = re.findall(r"Python :: (3\.\d+)", str(read_project(ROOT)["classifiers"]))
+    tried, missing = [], []
+    for version in (oldest, *reversed(newer)):
         with tempfile.TemporaryDirectory() as name:
             environment, work = Path(name) / "environment", Path(name) / "work"
             work.mkdir()
@@ -214,10 +231,13 @@ def try_wheels(wheels: Sequence[Path], has_all: bool) -> list[str]:
                 continue
             install_wheels(environment, wheels, has_all)
             use_commands(environment, work, has_all)
-            if has_all and version == found[0]:
+            if has_all and version == oldest:
                 write_inventory(environment, wheels[0].parent)
+        tried.append(version)
         print(f"Python {version}: the wheels install and work", flush=True)
-    return missing
+        if version != oldest:
+            break
+    return tried, missing
 
 
 def main() -> int:
@@ -236,11 +256,11 @@ def main() -> int:
     wheels = build_wheels(TARGET)
     run_words(BIN / "twine", "check", "--strict", *wheels)
     run_words(BIN / "check-wheel-contents", *wheels)
-    missing = try_wheels(wheels, has_all)
+    tried, missing = try_wheels(wheels, has_all)
     for version in missing:
         print(f"Python {version}: not tested, because uv finds and downloads none", file=sys.stderr)
     print(f"{len(wheels)} wheels are in {TARGET}")
-    return 1 if missing and (has_all or len(missing) > 1) else 0
+    return 1 if missing and (has_all or not tried) else 0
 
 
 if __name__ == "__main__":

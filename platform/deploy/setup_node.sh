@@ -50,13 +50,13 @@ pinned_python() {
 
 find_python() {
     local wanted
-    for wanted in "${SKILLNET_PYTHON:-}" "python$(pinned_python)" python3.12 python3.13 python3.11; do
+    for wanted in "${SKILLNET_PYTHON:-}" "python$(pinned_python)" python3.12 python3.13 python3.14 python3.11; do
         if [ -n "$wanted" ] && command -v "$wanted" >/dev/null; then
             command -v "$wanted"
             return
         fi
     done
-    fail "no Python 3.11 to 3.13 here; install python3.12 and python3.12-venv, or name one with" \
+    fail "no Python 3.11 to 3.14 here; install python3.12 and python3.12-venv, or name one with" \
         "SKILLNET_PYTHON"
 }
 

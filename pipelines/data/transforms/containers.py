@@ -37,10 +37,11 @@ def open_container(data: bytes, **options: str) -> Iterator[Any]:
     """
     import av
 
+    # Titles that are not UTF-8 are no reason to refuse a file. PyAV 19 has no such argument and
+    # reads them; it needs Python 3.12, so both versions are in use.
+    lenient = {"metadata_errors": "ignore"} if int(av.__version__.partition(".")[0]) < 19 else {}
     try:
-        container = av.open(
-            io.BytesIO(data), "r", metadata_errors="ignore", options=_LIMITS | options
-        )
+        container = av.open(io.BytesIO(data), "r", options=_LIMITS | options, **lenient)
     except av.ArgumentError:  # FFmpeg's error for formats that are not on the list
         raise ValueError(UNSUPPORTED_FORMAT) from None
     with container:

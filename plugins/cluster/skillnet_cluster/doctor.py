@@ -53,8 +53,8 @@ def check_machine(request: ResourceRequest | None = None) -> list[Finding]:
 
 def check_packages() -> list[Finding]:
     """Check the versions of Python and of the main packages."""
-    good = (3, 11) <= sys.version_info[:2] <= (3, 13)
-    advice = "" if good else "use Python 3.11, 3.12 or 3.13"
+    good = (3, 11) <= sys.version_info[:2] <= (3, 14)
+    advice = "" if good else "use Python 3.11 to 3.14"
     found = [Finding("python", "ok" if good else "error", platform.python_version(), advice)]
     for name in PACKAGES:
         version = find_version(name)

@@ -97,3 +97,15 @@ def test_the_workflow_names_actions_by_their_commits() -> None:
     assert [
         each for each in used if not re.fullmatch(r"[\w/-]+@[0-9a-f]{40}  # v[\d.]+", each)
     ] == []
+
+
+def test_images_of_the_workflow_and_the_dockerfile_have_digests() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
+    images = re.findall(r"^FROM (.*)", (ROOT / "Dockerfile").read_text("utf-8"), re.MULTILINE)
+    for job in workflow["jobs"].values():
+        # A job with several images takes each from its matrix.
+        images += (
+            job.get("strategy", {}).get("matrix", {}).get("image", [job["container"]["image"]])
+        )
+    assert len(images) == 4
+    assert [each for each in images if not re.fullmatch(r"[^@]+@sha256:[0-9a-f]{64}", each)] == []
