@@ -39,7 +39,9 @@ def open_container(data: bytes, **options: str) -> Iterator[Any]:
 
     # Titles that are not UTF-8 are no reason to refuse a file. PyAV 19 has no such argument and
     # reads them; it needs Python 3.12, so both versions are in use.
-    lenient = {"metadata_errors": "ignore"} if int(av.__version__.partition(".")[0]) < 19 else {}
+    lenient: dict[str, Any] = {}
+    if int(av.__version__.partition(".")[0]) < 19:
+        lenient["metadata_errors"] = "ignore"
     try:
         container = av.open(io.BytesIO(data), "r", options=_LIMITS | options, **lenient)
     except av.ArgumentError:  # FFmpeg's error for formats that are not on the list
