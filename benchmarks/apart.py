@@ -44,6 +44,13 @@ OBJECT_STORE_BYTES = 80 * 2**20
 CLOCK = "cpu of all processes, and wall"
 #: Seconds for anything that is waited for.
 PATIENCE_S = 3600.0
+#: Seconds between looks at the CPU times of all processes, which take some from the growths.
+LOOK_EVERY_S = 5.0
+#: What idle nodes of Ray do less of: here nine of them share the cores of one machine.
+IDLE_NODES = {
+    "RAY_enable_metrics_collection": "false",
+    "RAY_raylet_report_resources_period_milliseconds": "2000",
+}
 
 
 @dataclass
@@ -223,6 +230,7 @@ def emulated_hosts(folder: Path, hosts: int) -> Iterator[Any]:
     """Start a Ray with a head without CPUs and hosts with one each; set RAY_ADDRESS for a block."""
     from skillnet_platform.cluster import prepare_ray_environment
 
+    os.environ |= IDLE_NODES
     prepare_ray_environment()
     import ray
     from ray.cluster_utils import Cluster
@@ -272,7 +280,7 @@ class Killer:
                 if sum(map(self._step, self._tasks)) >= moment and kill():
                     done.append(kind)
                     break
-                time.sleep(0.5)
+                time.sleep(1.0)
         while not (self._folder / "apart" / "merge.yaml").is_file() and command.poll() is None:
             time.sleep(0.5)
         return done
@@ -329,7 +337,7 @@ class ProcessorMeter:
         return sum(self._known.values())
 
     def _watch(self) -> None:
-        while not self._over.wait(2.0):
+        while not self._over.wait(LOOK_EVERY_S):
             self._look()
 
     def _look(self) -> None:
