@@ -1,8 +1,9 @@
 """Growths as jobs on eight emulated hosts, some of which are killed, beside a command for each.
 
 The hosts are nodes of one Ray on this machine, with a CPU each. A seed decides which processes and
-hosts are killed, and when; killed hosts come back. The same growths are then trained by one command
-each, without Ray. The union must have the bytes of these growths.
+hosts are killed, and when; killed hosts come back. A command each trains the same growths without
+Ray: half of them before and half after, because the speed of a machine drifts. The union must have
+the bytes of these growths.
 
 Work is CPU time of all processes, those of Ray's nodes included. The ideal time is the work of
 these commands, divided by the cores of this machine, which all hosts share. The time of the union
@@ -35,7 +36,7 @@ from benchmarks.measure import Result, plain
 ROOT = Path(__file__).parents[1]
 HOSTS = 8
 GROWTHS = 8
-STEPS = 10_000
+STEPS = 5_000
 #: Steps between checkpoints: what a lost process repeats.
 CHECKPOINT_EVERY = 50
 #: Killed processes and killed hosts.
@@ -125,6 +126,8 @@ def measure_apart(folder: Path, steps: int, growths: int, hosts: int, seed: int)
     os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'platform'}"
     files = write_growths(folder, steps, growths)
     found = ApartRun()
+    half = growths // 2
+    found.alone_cpu = train_alone(folder, dict(list(files.items())[:half]))
     with emulated_hosts(folder, hosts) as cluster, ProcessorMeter() as meter:
         # The hosts start before the growths do.
         began, before = time.monotonic(), meter.seconds
@@ -136,21 +139,7 @@ def measure_apart(folder: Path, steps: int, growths: int, hosts: int, seed: int)
             code = command.wait(PATIENCE_S)
         said = (folder / "apart.log").read_text(encoding="utf-8")
         assert code == 0, f"the growths end with {code}: {said}"
-    began_cpu = _children_seconds()
-    # At the same time, so that both sides meet the same load; CPU time does not depend on it.
-    with contextlib.ExitStack() as stack:
-        commands = [
-            stack.enter_context(
-                start_command(
-                    ["base", "--config", str(file), "--name", f"alone-{task}"],
-                    folder / f"alone-{task}.log",
-                )
-            )
-            for task, file in files.items()
-        ]
-        codes = [command.wait(PATIENCE_S) for command in commands]
-    assert codes == [0] * len(codes), f"the growths end with {codes}: see {folder}/alone-*.log"
-    found.alone_cpu = _children_seconds() - began_cpu
+    found.alone_cpu += train_alone(folder, dict(list(files.items())[half:]))
     alone: dict[str, bytes] = {}
     for task in files:
         result = folder / f"apart-{task}" / "result.json"
@@ -171,6 +160,31 @@ def measure_apart(folder: Path, steps: int, growths: int, hosts: int, seed: int)
         union.get(name) != alone.get(name) for name in union.keys() | alone.keys()
     )
     return found
+
+
+def train_alone(folder: Path, files: dict[str, Path]) -> float:
+    """Train growths by a command each, and return the CPU seconds of all.
+
+    At the same time, so that both sides meet a similar load; CPU time hardly depends on it.
+
+    Args:
+        folder: directory of the runs.
+        files: task -> file of its growth.
+    """
+    began = _children_seconds()
+    with contextlib.ExitStack() as stack:
+        commands = [
+            stack.enter_context(
+                start_command(
+                    ["base", "--config", str(file), "--name", f"alone-{task}"],
+                    folder / f"alone-{task}.log",
+                )
+            )
+            for task, file in files.items()
+        ]
+        codes = [command.wait(PATIENCE_S) for command in commands]
+    assert codes == [0] * len(codes), f"the growths end with {codes}: see {folder}/alone-*.log"
+    return _children_seconds() - began
 
 
 @contextlib.contextmanager
