@@ -117,7 +117,8 @@ def read_manuals() -> dict[str, Manual]:
         if not path.is_file() or sha256_file(path) != digest:
             pin = f"{package}={version.replace('%3a', ':')}"
             raise UserError(
-                f"{path}: not the pinned package. Run `apt-get download {pin}` in its folder"
+                f"{path}: missing, or not the pinned package. Run `apt-get download {pin}` in its "
+                "folder"
             )
         # Pages have links to other pages, which the readers of corpora refuse.
         words = ["dpkg-deb", "--fsys-tarfile", str(path)]
