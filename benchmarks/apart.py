@@ -165,7 +165,7 @@ def measure_apart(folder: Path, steps: int, growths: int, hosts: int, seed: int)
 def train_alone(folder: Path, files: dict[str, Path]) -> float:
     """Train growths by a command each, and return the CPU seconds of all.
 
-    At the same time, so that both sides meet a similar load; CPU time hardly depends on it.
+    At the same time, as the jobs do; but these are half as many processes, which share caches less.
 
     Args:
         folder: directory of the runs.
