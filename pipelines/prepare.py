@@ -9,9 +9,13 @@ from pipelines.data.config.corpus_options import check_pairs, rewrite_corpus_opt
 from pipelines.data.config.label_rule import LABELS_FORMAT, read_label_rule
 from pipelines.data.corpora import DEMO, is_built_in, open_external_corpus, parse_reader_prefix
 from pipelines.data.corpora.base import JOINED_ROW
-from pipelines.data.preprocessing.prepare import MAX_ERROR_RATE, prepare, summarize_manifest
+from pipelines.data.preprocessing.prepare import (
+    MAX_ERROR_RATE,
+    list_rejections,
+    prepare,
+    summarize_manifest,
+)
 from pipelines.data.preprocessing.remote_staging import stage_locally
-from pipelines.data.shards.format import QUARANTINE
 from pipelines.data.tokenizer import training as tokenizers
 from skillnet_platform import console, storage
 from skillnet_platform.cli import command
@@ -73,11 +77,7 @@ def show_corpora(result: dict[str, Any]) -> None:
         [_make_table_row(name, entry) for name, entry in result["corpora"].items()],
         caption=console.format_minutes(result["seconds"]),
     )
-    for name, entry in result["corpora"].items():
-        reasons = {why: rows for why, rows in entry["quarantine"].items() if why != JOINED_ROW}
-        if reasons and entry["state"] != "cached":
-            listed = ", ".join(f"{rows} {why}" for why, rows in reasons.items())
-            console.print_note(f"{name}: rejected rows: {listed}. {name}/{QUARANTINE} names them")
+    list_rejections(result["corpora"])
 
 
 def find_labelled_corpora(corpora: Mapping[str, str]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipelines.data.corpora import open_external_corpus, parse_reader_prefix
-from pipelines.data.preprocessing.prepare import prepare
+from pipelines.data.preprocessing.prepare import list_rejections, prepare
 from pipelines.data.shards.dataset import PreparedCorpus, open_corpus
 from pipelines.data.shards.format import MANIFEST
 from pipelines.data.tokenizer.training import VOCABULARY_SIZE
@@ -119,7 +119,7 @@ class TrainingData:
                 external.append(open_external_corpus(task, place, given))
                 self.corpora[task] = task
             if external:
-                prepare(
+                prepared = prepare(
                     [],
                     self.folder,
                     self.folder,
@@ -128,6 +128,7 @@ class TrainingData:
                     vocabulary=vocabulary,
                     uses_ray=False,
                 )
+                list_rejections(prepared)
 
     def _choose_folder(self, folder: str | Path | None, ready: Mapping[str, Path]) -> Path:
         places = {path.parent for path in ready.values()}

@@ -15,12 +15,19 @@ import os
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipelines.data.corpora import DEMO, Corpus, ExternalCorpus, find_corpus, is_built_in
-from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives, check_archive, unpack_hint
+from pipelines.data.corpora.base import (
+    JOINED_ROW,
+    RejectedRow,
+    Row,
+    SourceArchives,
+    check_archive,
+    unpack_hint,
+)
 from pipelines.data.corpora.readers.base import LABEL_COLUMNS
 from pipelines.data.io.media import MediaReadError, read_media
 from pipelines.data.preprocessing import pipeline
@@ -38,11 +45,11 @@ from pipelines.data.preprocessing.progress import (
     MAX_ADVISED_RATE,
     MOSTLY_BAD_ADVICE,
     check_first_rows,
-    list_frequent,
 )
 from pipelines.data.preprocessing.remote_staging import clear_staging, upload_shared_files
 from pipelines.data.preprocessing.staging import finish_commit, staging_path
 from pipelines.data.shards.dataset import open_corpus, verify_corpus
+from pipelines.data.shards.format import QUARANTINE
 from pipelines.data.shards.row_checks import ROW_CHECKS, describe_row_checks
 from pipelines.data.tokenizer import selection
 from pipelines.data.tokenizer import training as tokenizers
@@ -241,11 +248,21 @@ def _prepare(
         manifests = pipeline.write_corpora(jobs, max_error_rate, tasks, store)
         for manifest in stack.enter_context(contextlib.closing(manifests)):
             done[manifest["corpus"]] = summarize_manifest(manifest, "prepared")
-            reasons = Counter(manifest["quarantine"])
-            bad = f", {reasons.total()} rejected: {list_frequent(reasons)}" if reasons else ""
-            rows = f"{manifest['rows_out']} rows prepared"
-            console.print_note(f"{manifest['corpus']}: {rows}{bad}")
+            console.print_note(f"{manifest['corpus']}: {manifest['rows_out']} rows prepared")
     return {corpus.name: done[corpus.name] for corpus in corpora}
+
+
+def list_rejections(corpora: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print why rows of corpora were rejected.
+
+    Args:
+        corpora: name -> entry of :func:`prepare`.
+    """
+    for name, entry in corpora.items():
+        reasons = {why: rows for why, rows in entry["quarantine"].items() if why != JOINED_ROW}
+        if reasons and entry["state"] != "cached":
+            listed = ", ".join(f"{rows} {why}" for why, rows in reasons.items())
+            console.print_note(f"{name}: rejected rows: {listed}. {name}/{QUARANTINE} names them")
 
 
 def _start_tasks(

@@ -267,7 +267,7 @@ def make_rate_error(
     """
     return UserError(
         f"{name}: {count} rows ({share:.1%}) were rejected; the limit is {max_error_rate:.1%} "
-        f"(max_error_rate). {list_frequent(reasons)}. See {rejected}. {advice}"
+        f"(max_error_rate). {_list_frequent(reasons)}. See {rejected}. {advice}"
     )
 
 
@@ -286,13 +286,12 @@ def make_unusable_error(
     return UserError(
         f"{name}: no row is left to train on, so it was not published. "
         f"{sum(split_rows.values())} of {rows_in} rows can be used ({counts or 'none'}), and "
-        f"{reasons.total()} were rejected{': ' * bool(reasons)}{list_frequent(reasons)}. Fix the "
+        f"{reasons.total()} were rejected{': ' * bool(reasons)}{_list_frequent(reasons)}. Fix the "
         "rows, or the options that choose rows and splits"
     )
 
 
-def list_frequent(reasons: Counter[str]) -> str:
-    """Return the most frequent reasons: ``3 × no label; 1 × an empty text``."""
+def _list_frequent(reasons: Counter[str]) -> str:
     return "; ".join(f"{count} × {why}" for why, count in reasons.most_common(5))
 
 

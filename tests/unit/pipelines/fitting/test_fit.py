@@ -338,7 +338,8 @@ def test_preparing_rows_in_memory_says_what_was_rejected_and_names_no_file(
     bad = [{"text": "", "label": "a"}, {"text": "字", "label": None}, {"text": "", "label": "b"}]
     TrainingData({"topic": rows + bad}, tmp_path / "data")
     printed = capsys.readouterr().err
-    assert "topic: 200 rows prepared, 3 rejected: 2 × an empty text; 1 × no label\n" in printed
+    assert "topic: 200 rows prepared\n" in printed
+    assert "topic: rejected rows: 2 an empty text, 1 no label. topic/quarantine.jsonl" in printed
     # The total is known once all rows are read.
     assert "preparing: 200/200 rows" in printed
     assert "--options" not in printed
