@@ -31,11 +31,16 @@ class ComputePrecision:
         """Type of weights, gradients and optimizer state."""
         return torch.float64 if self.name == "fp64" else torch.float32
 
+    @property
+    def products(self) -> torch.dtype:
+        """Type of matrix products."""
+        return torch.bfloat16 if self.name == "bf16" else self.weights
+
     def autocast(self) -> AbstractContextManager:
         """Return the context in which the forward pass of the model runs."""
         # Autocast rounds only products; weights and the optimizer stay in float32.
-        if self.name == "bf16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        if self.products != self.weights:
+            return torch.autocast(self.device.type, dtype=self.products)
         return nullcontext()
 
 

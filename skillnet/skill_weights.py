@@ -287,6 +287,8 @@ class SkillWeights(nn.Module):
             return parts[0].to(dtype)
         if self._is_rounded(parts[0], dtype):
             return self._merge_rounded((skills,), dtype)[0]
+        if self.axis is None and parts[0].dtype.itemsize == 2:
+            return torch.stack(parts).mean(0).to(dtype)  # torch sums 16-bit types in float32
         if self.axis is None:
             total = torch.add(parts[0], parts[1])
             for part in parts[2:]:

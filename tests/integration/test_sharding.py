@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipelines.training.config.run import FinetuneConfig
-from pipelines.training.loop import setup
+from pipelines.training.loop import setup, sharding
 from pipelines.training.loop.loop import train_model
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.setup import build_model
@@ -88,6 +88,35 @@ def train_first_steps(rank: int, world: int, config: FinetuneConfig, run: str, s
         losses = train_model(ResolvedRun(rounded), rank=rank, world=world).losses
         assert losses
         assert all(isfinite(loss) for loss in losses.values())
+
+
+def train_rounded(rank: int, world: int, config: FinetuneConfig) -> None:
+    """Gather weights in their own type, and in that of the products that round them."""
+    shard_model, found = sharding.shard_model, []
+    for changed in ({"products": None}, {}):
+        wrapped = mock.patch.object(
+            sharding, "shard_model", lambda *a, c=changed, **k: shard_model(*a, **k | c)
+        )
+        with GatheredBytes() as gathered, wrapped:
+            result = train_model(ResolvedRun(config), rank=rank, world=world, callbacks=[gathered])
+        assert result.shards is not None
+        found.append((result.losses, result.shards.parameters, gathered.of_step(0)))
+    (losses, expected, whole), (rounded_losses, parameters, rounded) = found
+    assert rounded_losses == losses
+    torch.testing.assert_close(parameters, expected, rtol=0, atol=0)
+    model = build_model(config)
+    names = sharding.find_rounded_weights(model)
+    saved = 2 * sum(model.get_parameter(name).numel() for name in names)
+    assert saved <= whole - rounded <= 1.02 * saved
+
+
+def test_weights_are_gathered_in_the_type_of_products(data: Path) -> None:
+    """Of one skill and one tower, so that each weight is rounded once, by the cast or the sum."""
+    config = small_config(data, steps=3, precision="bf16", sharding="full")
+    task = "text_classification"
+    config.system, config.tasks = "dense", {task: config.tasks[task]}
+    config.model = replace(config.model, tasks={task: config.model.tasks[task]})
+    run_ranks(2, train_rounded, config)
 
 
 def finish_run(rank: int, world: int, config: FinetuneConfig, run: str, brief: bool = True) -> None:

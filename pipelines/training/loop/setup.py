@@ -29,6 +29,7 @@ from pipelines.training.runs.identity import open_corpora
 from pipelines.training.runs.vocabulary_match import read_corpora_vocabulary
 from skillnet.model import SkillNet
 from skillnet.multitask_model import TaskModel
+from skillnet.precision import ComputePrecision
 from skillnet.serialization import read_manifest, read_vocabulary
 from skillnet.skipped_init import SkippedInit, leave_out, placed_weights
 from skillnet.systems import build_system, find_system
@@ -379,8 +380,7 @@ def build_replica(
     corpora: Mapping[str, PreparedCorpus],
     rank: int,
     world: int,
-    device: torch.device,
-    dtype: torch.dtype,
+    precision: ComputePrecision,
     folder: Path | None = None,
     checkpoint: checkpoints.VerifiedCheckpoint | None = None,
     given: TaskModel | None = None,
@@ -392,8 +392,7 @@ def build_replica(
         corpora: corpus name -> opened corpus.
         rank: index of this process among the workers, from 0.
         world: number of processes. One holds all weights.
-        device: device of the forward pass, such as ``cuda:0``.
-        dtype: number type of the weights.
+        precision: device of the forward pass, and number types of weights and products.
         folder: directory of the run; None keeps all weights in memory.
         checkpoint: from which the caller loads all weights; None gives initial ones.
         given: model of one process that is trained in place; None builds one.
@@ -401,9 +400,9 @@ def build_replica(
     Raises:
         UserError: corpora or initial weights do not fit, or the system cannot be sharded.
     """
-    settings = config.training
+    settings, device = config.training, precision.device
     if settings.sharding in ("full", "hybrid") and world > 1:
-        return _build_shards(config, corpora, rank, world, device, dtype, checkpoint)
+        return _build_shards(config, corpora, rank, world, precision, checkpoint)
     # Weights that are not in use stay in the host's memory.
     place = torch.device("cpu") if settings.sharding == "host" else device
     report = None
@@ -418,7 +417,7 @@ def build_replica(
         shared = None if folder is None else folder / f".shared-{platform.node()}"
         model, report = _build_started(config, corpora, shared)
     resting = find_unused_files(config)
-    model.place_weights(place, dtype, resting)
+    model.place_weights(place, precision.weights, resting)
     if settings.activation_checkpointing:
         model.enable_activation_checkpointing()
     if settings.compile:
@@ -469,8 +468,7 @@ def _build_shards(
     corpora: Mapping[str, PreparedCorpus],
     rank: int,
     world: int,
-    device: torch.device,
-    dtype: torch.dtype,
+    precision: ComputePrecision,
     checkpoint: checkpoints.VerifiedCheckpoint | None,
 ) -> TrainingReplica:
     # Other runs start faster without these libraries.
@@ -482,7 +480,7 @@ def _build_shards(
     )
 
     settings = config.training
-    structure, whole = (build_structure(config, corpora, dtype) for _ in range(2))
+    structure, whole = (build_structure(config, corpora, precision.weights) for _ in range(2))
     require_sharding(structure)
     if settings.activation_checkpointing:
         structure.enable_activation_checkpointing()
@@ -500,7 +498,8 @@ def _build_shards(
         structure,
         whole,
         source,
-        build_mesh(device, world, settings.sharding == "hybrid"),
+        build_mesh(precision.device, world, settings.sharding == "hybrid"),
+        products=precision.products,
         frees_early=settings.activation_checkpointing,
     )
     whole.weight_loader = shards.load_task

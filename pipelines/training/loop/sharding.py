@@ -93,6 +93,17 @@ def list_groups(layer: nn.Module, prefix: str) -> dict[str, tuple[list[nn.Module
     return groups
 
 
+def find_rounded_weights(model: TaskModel) -> set[str]:
+    """Return the weights that products round anyway, so that they are gathered in their type.
+
+    Args:
+        model: module of any system.
+    """
+    prefixes = {module: name for name, module in model.named_modules()}
+    groups = [list_groups(layer, prefixes[layer]).items() for layer in find_layers(model)]
+    return {name for each in groups for key, (_, names) in each if key != ALWAYS for name in names}
+
+
 #: Names of the two dimensions of a mesh: replicas, and the ranks that share one replica.
 REPLICATE, SHARD = "replicate", "shard"
 
@@ -283,6 +294,7 @@ def shard_model(
     source: TaskModel | None,
     mesh: DeviceMesh,
     *,
+    products: torch.dtype | None = None,
     frees_early: bool = False,
 ) -> ModelShards:
     """Divide the weights of a model among the ranks.
@@ -294,6 +306,8 @@ def shard_model(
         whole: another one; see :class:`ModelShards`.
         source: the model with its values on the first rank; None on the others.
         mesh: see :func:`build_mesh`.
+        products: type of matrix products, in which the weights of skills are gathered; None is that
+            of the weights. Gradients are summed in the type of the weights.
         frees_early: free the weights of a layer after its forward pass, and gather them once more
             for its backward pass.
 
@@ -304,19 +318,21 @@ def shard_model(
     device = torch.device(mesh.device_type)
     _receive_buffers((structure, whole), source, device)
     values = dict(source.named_parameters()) if source is not None else {}
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     done: set[nn.Parameter] = set()
 
-    def shard(module: nn.Module, names: list[str], frees: bool) -> None:
+    def shard(
+        module: nn.Module, names: list[str], frees: bool, dtype: torch.dtype | None = None
+    ) -> None:
         for name in names:
             _receive_weight(structure, name, values.pop(name, None), device)
         own = {structure.get_parameter(name) for name in names}
         others = {p for p in module.parameters() if p not in own}
+        summed = None if dtype is None else structure.get_parameter(names[0]).dtype
         fully_shard(
             module,
             mesh=mesh,
             reshard_after_forward=frees,
-            mp_policy=policy,
+            mp_policy=MixedPrecisionPolicy(dtype, summed, cast_forward_inputs=False),
             ignored_params=others,
         )
         done.update(structure.get_parameter(name) for name in names)
@@ -327,7 +343,8 @@ def shard_model(
         groups = {}
         for group, (owners, names) in list_groups(layer, prefixes[layer]).items():
             groups[group] = WeightGroup(owners)
-            shard(groups[group], names, frees_early)
+            # The merge would round them. Norms, routers and embeddings keep their digits.
+            shard(groups[group], names, frees_early, None if group == ALWAYS else products)
         of_layers += groups.values()
         if isinstance(layer, EncoderLayer):
             layer.gather_weights = partial(_gather_around, groups)

@@ -195,8 +195,9 @@ class RunPlanner:
         if share > 1:
             # A step gathers the weights of its task.
             resident, trained, step = -(-resident // share), -(-trained // share), largest
+        gathered = max(map(self.count_gathered_bytes, self.config.trained)) if step else 0
         return WorkerMemory(
-            weights=4 * (resident + step),
+            weights=4 * resident + gathered,
             optimizer=8 * trained,
             gradients=4 * (largest + step // share),
             average=4 * trained if training.ema else 0,
@@ -320,6 +321,25 @@ class RunPlanner:
         whole = replace(self.given, micro_batch_size=None)
         found = self._largest_micro_batch(whole, size + 1)
         return "" if found is None else found.describe(self.given, prefix)
+
+    def count_gathered_bytes(self, task: str) -> int:
+        """Return the bytes of the weights of a task as shards send them.
+
+        Args:
+            task: its name.
+        """
+        size = 2 if self.precision == "bf16" else 4
+        return sum(
+            p.numel() * (size if name in self._rounded else 4)
+            for name, p in self._any_model.active[task]
+        )
+
+    @cached_property
+    def _rounded(self) -> set[str]:
+        # Only a run with shards asks.
+        from pipelines.training.loop.sharding import find_rounded_weights
+
+        return find_rounded_weights(self._any_model.model)
 
     def count_gathers(self, task: str) -> int:
         """Return how often a step gathers the weights of its task from shards, at most.

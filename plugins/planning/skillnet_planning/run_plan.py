@@ -269,12 +269,14 @@ def _plan_task(planner: RunPlanner, memory: WorkerMemory, name: str, pool: Worke
     update_s = OPTIMIZER_BYTES * trained / (rates.bandwidth_gb_s * GB)
     compute_s = passes * cost.seconds(rates) + update_s
     gathers = planner.count_gathers(name)
+    gathered = gathers * planner.count_gathered_bytes(name) if gathers else 0
     link_s, network_s = pool.sum_seconds(4 * trained)
-    if gathers > 1:
-        # A sum has one gather in it, which is half of its traffic; hybrid gathers inside nodes.
-        link_s *= (1 + gathers) / 2
+    if gathers:
+        # A sum is a reduction and a gather of equal traffic; hybrid gathers inside nodes.
+        share = (1 + gathered / (4 * trained)) / 2
+        link_s *= share
         if planner.given.sharding == "full":
-            network_s *= (1 + gathers) / 2
+            network_s *= share
     step_s = max(compute_s, link_s + network_s)
     spec, lengths = find_task(name, config.model.tasks), longest_lengths(config, name)
     rows = planner.rows_per_worker(name)
@@ -303,7 +305,7 @@ def _plan_task(planner: RunPlanner, memory: WorkerMemory, name: str, pool: Worke
         launch_s=operations * pool.launch_s,
         link_s=link_s,
         network_s=network_s,
-        gathered_gb=4 * gathers * trained / GB,
+        gathered_gb=gathered / GB,
         mfu=None if flops is None else rows * flops / step_s / peak,
         rows_per_second=config.tasks[name].batch_size / step_s,
         loader_cpus=rows / step_s * _loader_seconds(config, name, lengths),

@@ -222,9 +222,13 @@ def test_shards_and_the_host_are_planned() -> None:
     plain, host, full, freed, hybrid = (plan.tasks[0] for plan in plans.values())
     assert (plain.gathered_gb, host.gathered_gb) == (0, 0)
     assert freed.gathered_gb == 2 * full.gathered_gb > 0
-    assert (full.link_s, full.network_s) == (plain.link_s, plain.network_s)
-    assert freed.network_s == 1.5 * plain.network_s
-    assert (hybrid.link_s, hybrid.network_s) == (1.5 * plain.link_s, plain.network_s)
+    # Shards send gradients in float32 once, and weights in bf16 once or twice.
+    share = full.link_s / plain.link_s
+    assert 0.75 < share < 0.9
+    assert full.network_s == pytest.approx(share * plain.network_s)
+    assert freed.network_s == pytest.approx((2 * share - 0.5) * plain.network_s)
+    assert hybrid.link_s == pytest.approx((2 * share - 0.5) * plain.link_s)
+    assert hybrid.network_s == plain.network_s
     # The copy of a checkpoint; with host also the weights of both workers of a node.
     copy = plans["none", False].host_gb
     assert plans["host", False].host_gb == pytest.approx(3 * copy)

@@ -87,3 +87,11 @@ def test_layers_without_skills_are_rounded_once() -> None:
         first = layer.up.merged(("shared",), torch.bfloat16)
         assert layer.up.merged(("shared",), torch.bfloat16) is first
     torch.testing.assert_close(first, layer.up.weights["shared"].bfloat16())
+
+
+def test_the_mean_of_rounded_weights_is_rounded_once() -> None:
+    """Sharded weights arrive in the type of products."""
+    weights = SkillWeights("abc", 32, 24, std=1.0).bfloat16()
+    expected = torch.stack([weights.get(name).double() for name in "abc"]).mean(0)
+    found = weights.merged(tuple("abc"), torch.bfloat16)
+    assert torch.equal(found, expected.bfloat16())
