@@ -124,8 +124,9 @@ def evaluate_simple_baselines(
         if on_task is not None:
             on_task(name)
         new: list[dict[str, Any]] = []
+        train = BaselineTraining(spec, corpus)
         for split in names:
-            systems = _measure_both(spec, corpus, split, seed, bootstrap_samples)
+            systems = _measure_both(train, split, seed, bootstrap_samples)
             for system, metrics in systems.items():
                 where_measured = describe_rows(corpus, fold)
                 new += tidy_rows(
@@ -138,13 +139,79 @@ def evaluate_simple_baselines(
 
 
 @dataclass(frozen=True)
+class BaselineTraining:
+    """Training rows of a task, and parts of the methods that are fitted once for all splits.
+
+    Args:
+        task: objective and towers of the rows.
+        corpus: opened corpus of the task.
+    """
+
+    task: Task
+    corpus: PreparedCorpus
+
+    @property
+    def where(self) -> str:
+        """Corpus and split, for messages."""
+        return f"{self.corpus.name}/train"
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """All training rows, or ``MAX_TRAIN_ROWS`` evenly spaced ones."""
+        train = self.corpus.splits["train"].table()
+        if len(train) <= MAX_TRAIN_ROWS:
+            return train
+        # A corpus may be sorted by class or source; evenly spaced rows cover all of it.
+        return train.take(np.linspace(0, len(train) - 1, MAX_TRAIN_ROWS).astype(np.int64))
+
+    @cached_property
+    def targets(self) -> dict[str, np.ndarray]:
+        """Targets of the rows, by name."""
+        return read_targets(self.table, self.task, self.where)
+
+    @cached_property
+    def content_ngrams(self) -> tuple[Any, Any]:
+        """Vectorizer of the texts, and their sparse vectors."""
+        vectors = _tfidf((1, 2), 60_000)
+        return vectors, vectors.fit_transform(_contents(self.table, self.corpus.modality))
+
+    @cached_property
+    def pair_ngrams(self) -> Any:
+        """Vectorizer of captions and texts."""
+        captions = [row[0] for row in self.table.column("captions").to_pylist()]
+        # One vocabulary for both sides; otherwise their vectors could not be compared.
+        texts = [*captions, *_contents(self.table, self.corpus.modality)]
+        return _tfidf((1, 3), FEATURES).fit(texts)
+
+    @cached_property
+    def caption_ngrams(self) -> tuple[Any, np.ndarray, np.ndarray]:
+        """Vectorizer of captions, their vectors, (captions, E), and the row of each."""
+        captions = self.table.column("captions").to_pylist()
+        owner = np.repeat(np.arange(len(captions)), [len(row) for row in captions])
+        vectors = _tfidf((1, 2), FEATURES)
+        text = vectors.fit_transform([caption for row in captions for caption in row])
+        return vectors, _dense(text), owner
+
+    @cached_property
+    def brightness(self) -> np.ndarray:
+        """Downsampled images or video, (N, E) in 0 … 255."""
+        name = find_modality(self.corpus.modality).column
+        return _brightness(read_fixed_column(self.table, name, self.where))
+
+    @cached_property
+    def audio(self) -> np.ndarray:
+        """Unit vectors of the recordings, (N, E)."""
+        return _audio_vectors(self.table, find_modality(self.corpus.modality).column, self.where)
+
+
+@dataclass(frozen=True)
 class BaselineRows:
     """Rows that the simple baselines of an objective fit and measure.
 
     Args:
         task: objective and towers of the rows.
         corpus: opened corpus of the task.
-        train: rows to fit, at most ``MAX_TRAIN_ROWS``.
+        train: rows to fit.
         test: rows of the measured split.
         where: corpus and split, for messages.
         intervals: bootstrap of the measured rows.
@@ -152,7 +219,7 @@ class BaselineRows:
 
     task: Task
     corpus: PreparedCorpus
-    train: pa.Table
+    train: BaselineTraining
     test: pa.Table
     where: str
     intervals: MetricIntervals
@@ -160,13 +227,20 @@ class BaselineRows:
     @cached_property
     def targets(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Targets of the training rows and of the split's rows, by name."""
-        train = read_targets(self.train, self.task, self.where)
-        return train, read_targets(self.test, self.task, self.where)
+        return self.train.targets, read_targets(self.test, self.task, self.where)
 
     @cached_property
     def features(self) -> tuple[Any, Any]:
         """Features of training and test rows: n-grams of texts, or downsampled media."""
-        return _row_features(self.train, self.test, self.corpus.modality, self.where)
+        modality = find_modality(self.corpus.modality)
+        if modality.reads_tokens:
+            vectors, train_features = self.train.content_ngrams
+            return train_features, vectors.transform(_contents(self.test, self.corpus.modality))
+        name, train = modality.column, self.train
+        if isinstance(open_column(self.test, name, self.where), FixedColumn):
+            rows = read_fixed_column(self.test, name, self.where)
+            return train.brightness / 255, _brightness(rows) / 255
+        return train.audio, _audio_vectors(self.test, name, self.where)
 
     def measure(self, predictions: Any) -> TaskMetrics:
         """Return the metrics of predictions for the split's rows.
@@ -179,16 +253,16 @@ class BaselineRows:
 
 
 def _measure_both(
-    spec: Task, corpus: PreparedCorpus, split: str, seed: int, bootstrap_samples: int
+    train: BaselineTraining, split: str, seed: int, bootstrap_samples: int
 ) -> dict[str, TaskMetrics]:
     """Return system -> metrics of one task on one split; none if no simple method is known."""
-    measure = find_objective(spec.objective).load_baseline()
+    measure = find_objective(train.task.objective).load_baseline()
     if measure is None:
         return {}
-    train, test = _subsample(corpus.splits["train"].table()), corpus.splits[split].table()
-    where = f"{corpus.name}/{split}"
+    corpus = train.corpus
+    test, where = corpus.splits[split].table(), f"{corpus.name}/{split}"
     intervals = MetricIntervals(seed, bootstrap_samples, read_unit_numbers(test, where))
-    return measure(BaselineRows(spec, corpus, train, test, where, intervals))
+    return measure(BaselineRows(train.task, corpus, train, test, where, intervals))
 
 
 # -- retrieval -----------------------------------------------------------------------------
@@ -213,12 +287,12 @@ def measure_search_baselines(rows: BaselineRows) -> dict[str, TaskMetrics]:
     query_groups, texts = groups[owners], [caption for row in captions for caption in row]
     chance = random_ranking_metrics(groups, query_groups)
     if modality.reads_tokens:
-        query, candidate = _code_vectors(rows.train, rows.test, texts, modality.content_column)
+        vectors, contents = rows.train.pair_ngrams, _contents(rows.test, rows.corpus.modality)
+        query, candidate = (_dense(vectors.transform(each)) for each in (texts, contents))
         back_query, back_candidate = query, candidate
     elif isinstance(open_column(rows.test, modality.column, rows.where), FixedColumn):
-        query, candidate, back_query, back_candidate = _visual_vectors(
-            rows.train, rows.test, texts, modality.column, rows.where
-        )
+        media = read_fixed_column(rows.test, modality.column, rows.where)
+        query, candidate, back_query, back_candidate = _visual_vectors(rows.train, media, texts)
     else:
         return {"chance": chance}
     ranks = retrieval_ranks(query, candidate, query_groups, groups)
@@ -310,23 +384,6 @@ def measure_number_baselines(rows: BaselineRows) -> dict[str, TaskMetrics]:
     }
 
 
-# -- features of rows ----------------------------------------------------------------------
-
-
-def _row_features(train: pa.Table, test: pa.Table, modality: str, where: str) -> tuple[Any, Any]:
-    """Return features of training and test rows: n-grams of texts, or downsampled media."""
-    found = find_modality(modality)
-    if found.reads_tokens:
-        vectors = _tfidf((1, 2), 60_000)
-        train_features = vectors.fit_transform(_strings(train, found.content_column))
-        return train_features, vectors.transform(_strings(test, found.content_column))
-    name = found.column
-    if isinstance(open_column(test, name, where), FixedColumn):
-        train_rows, rows = (read_fixed_column(each, name, where) for each in (train, test))
-        return _brightness(train_rows) / 255, _brightness(rows) / 255
-    return _audio_vectors(train, name, where), _audio_vectors(test, name, where)
-
-
 # -- speech --------------------------------------------------------------------------------
 
 
@@ -340,8 +397,8 @@ def measure_transcript_baselines(rows: BaselineRows) -> dict[str, TaskMetrics]:
     pairs = zip(train["symbols"], train["symbols_lengths"], strict=True)
     train_symbols = [row[:length].tolist() for row, length in pairs]
     name = find_modality(rows.corpus.modality).column
-    vectors, train_vectors = (_audio_vectors(x, name, rows.where) for x in (rows.test, rows.train))
-    nearest = _nearest(vectors, train_vectors, 1)[0][:, 0]
+    vectors = _audio_vectors(rows.test, name, rows.where)
+    nearest = _nearest(vectors, rows.train.audio, 1)[0][:, 0]
     longest = max(len(row) for row in train_symbols)
     # A guess of mean length balances insertions and deletions.
     mean_length = round(float(np.mean([len(row) for row in train_symbols])))
@@ -379,18 +436,12 @@ def _audio_vectors(table: pa.Table, name: str, where: str, frames: int = 24) -> 
 
 
 def _visual_vectors(
-    train: pa.Table, test: pa.Table, texts: list[str], name: str, where: str
+    train: BaselineTraining, media: np.ndarray, texts: list[str]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return query and candidate vectors of text -> X, then of X -> text."""
-    captions = train.column("captions").to_pylist()
-    owner = np.repeat(np.arange(len(captions)), [len(row) for row in captions])
-    vectors = _tfidf((1, 2), FEATURES)
-    train_text = vectors.fit_transform([caption for row in captions for caption in row])
-    train_text = train_text.toarray().astype(np.float32)
-    text = vectors.transform(texts).toarray().astype(np.float32)
-    train_visual, visual = (
-        _centered_brightness(read_fixed_column(table, name, where)) for table in (train, test)
-    )
+    vectors, train_text, owner = train.caption_ngrams
+    text = _dense(vectors.transform(texts))
+    train_visual, visual = (_centered(each) for each in (train.brightness, _brightness(media)))
     # Texts and pixels share no features; the captions of training items connect them.
     rows, similarity = _nearest(text, train_text, NEIGHBOURS)
     query = _neighbour_mean(train_visual[owner][rows], similarity)
@@ -398,20 +449,6 @@ def _visual_vectors(
     firsts = np.unique(owner, return_index=True)[1]
     rows, similarity = _nearest(visual, train_visual, NEIGHBOURS)
     return query, visual, text, _neighbour_mean(train_text[firsts][rows], similarity)
-
-
-def _code_vectors(
-    train: pa.Table, test: pa.Table, texts: list[str], name: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return TF-IDF vectors of the queries and of the candidates: code or texts."""
-    vectors = _tfidf((1, 3), FEATURES)
-    # One vocabulary for both sides; otherwise their vectors could not be compared.
-    vectors.fit([*_first_captions(train), *_strings(train, name)])
-    candidate = _strings(test, name)
-    return (
-        vectors.transform(texts).toarray().astype(np.float32),
-        vectors.transform(candidate).toarray().astype(np.float32),
-    )
 
 
 def random_ranking_metrics(
@@ -459,10 +496,9 @@ def _expected_metrics(queries: np.ndarray, candidates: np.ndarray) -> dict[str, 
 # -- features ------------------------------------------------------------------------------
 
 
-def _centered_brightness(x: np.ndarray) -> np.ndarray:
-    """Return unit vectors of low-resolution brightness around its mean, (N, E)."""
+def _centered(vectors: np.ndarray) -> np.ndarray:
+    """Return unit vectors of brightness around its mean, (N, E)."""
     # Shapes, not the overall brightness, must decide about similarity.
-    vectors = _brightness(x)
     return _normalize(vectors - vectors.mean(1, keepdims=True))
 
 
@@ -522,17 +558,10 @@ def _tfidf(ngrams: tuple[int, int], features: int) -> Any:
     )
 
 
-def _strings(table: pa.Table, name: str) -> list[str]:
-    return table.column(name).to_pylist()
+def _contents(table: pa.Table, modality: str) -> list[str]:
+    return table.column(find_modality(modality).content_column).to_pylist()
 
 
-def _subsample(train: pa.Table) -> pa.Table:
-    """Return all rows, or ``MAX_TRAIN_ROWS`` evenly spaced ones."""
-    if len(train) <= MAX_TRAIN_ROWS:
-        return train
-    # A corpus may be sorted by class or source; evenly spaced rows cover all of it.
-    return train.take(np.linspace(0, len(train) - 1, MAX_TRAIN_ROWS).astype(np.int64))
-
-
-def _first_captions(table: pa.Table) -> list[str]:
-    return [captions[0] for captions in table.column("captions").to_pylist()]
+def _dense(vectors: Any) -> np.ndarray:
+    # Cast first: a dense array of float64 has twice the size.
+    return vectors.astype(np.float32).toarray()

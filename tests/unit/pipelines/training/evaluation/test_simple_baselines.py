@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipelines.training.evaluation import simple_baselines
 from pipelines.training.evaluation.simple_baselines import (
     evaluate_simple_baselines,
     random_ranking_metrics,
@@ -98,3 +99,14 @@ def test_results_are_cached_until_settings_change(data: Path, tmp_path: Path):
     assert np.isnan(again[0]["low"]) == np.isnan(first[0]["low"])
     evaluate_simple_baselines(copy, tasks, bootstrap_samples=60, on_task=computed.append)
     assert len(computed) == 2
+
+
+def test_methods_are_fitted_once_for_all_splits(data: Path, monkeypatch: pytest.MonkeyPatch):
+    made: list[int] = []
+    make = simple_baselines._tfidf
+    monkeypatch.setattr(simple_baselines, "_tfidf", lambda *words: made.append(1) or make(*words))
+    splits = ["test", "validation"]
+    found = evaluate_simple_baselines(data, splits=splits, bootstrap_samples=0, use_cache=False)
+    assert {row["split"] for row in found} == set(splits)
+    # Recordings have no n-grams.
+    assert len(made) == 4
