@@ -85,26 +85,41 @@ def waves(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+#: Inspects a folder with an option of the modality, prepares it with a value out of bounds, and
+#: prepares. The options of a folder are those of the modalities that its process found first.
+PREPARE = """
+import sys
+from pipelines import inspect, prepare
+from pipelines.data.preprocessing import prepare as preparation
+folder, *words = sys.argv[1:]
+assert inspect.main([folder, "--options.folder.channels", "2", "--json"]) == 0
+print("\\f")
+wrong = ["--corpus", f"waves=folder:{folder}", "--options.waves.channels", "65"]
+assert prepare.main(wrong) == 2
+preparation.needs_no_ray = lambda corpora, store: True  # as where Ray is not installed
+sys.exit(prepare.main(words))
+"""
+
+
 @pytest.fixture(scope="module")
 def data(
     installed: Path, poems: Path, waves: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Both corpora, prepared in one run by a process that finds the packages, as Ray's do."""
+    """Both corpora, prepared in one run by processes that find the packages by their path."""
     folder = tmp_path_factory.mktemp("data")
     words = ["--corpus", f"poems={poems}", "--options.poems.verses", "2"]
     words += ["--corpus", f"waves=folder:{waves}", "--options.waves.channels", "2"]
     words += ["--data", str(folder), "--cpus", "1", "--json"]
-    done = run_beside(installed, "-m", "pipelines.prepare", *words)
+    path = os.pathsep.join(map(str, (installed, ROOT, ROOT / "platform")))
+    done = run_python("-c", PREPARE, waves, *words, cwd=ROOT, variables={"PYTHONPATH": path})
     assert done.returncode == 0, done.stderr
-    counts = {name: each["rows_in"] for name, each in json.loads(done.stdout)["corpora"].items()}
+    report, made = map(json.loads, done.stdout.split("\f"))
+    assert (report["modality"], report["task"]) == ("series", "text_to_series")
+    assert not report["unread"]
+    assert "channels" in done.stderr
+    counts = {name: each["rows_in"] for name, each in made["corpora"].items()}
     assert counts == {"poems": 30, "waves": 41}
     return folder
-
-
-def run_beside(installed: Path, *words: object) -> "subprocess.CompletedProcess[str]":
-    """Run Python with the packages on its path."""
-    path = os.pathsep.join(map(str, (installed, ROOT, ROOT / "platform")))
-    return run_python(*words, cwd=ROOT, variables={"PYTHONPATH": path})
 
 
 @pytest.fixture
@@ -134,26 +149,6 @@ def test_a_format_is_guessed_and_its_options_are_checked(
     assert json.loads(capsys.readouterr().out)["reader"] == "poems"
     assert prepare.main(["--corpus", f"poems={poems}", "--options.poems.verse", "2"]) == 2
     assert "did you mean 'verses'" in capsys.readouterr().err
-
-
-#: Inspects a folder with an option of the modality, and prepares it with a value out of bounds.
-INSPECT = """
-import sys
-from pipelines import inspect, prepare
-assert inspect.main([sys.argv[1], "--options.folder.channels", "2", "--json"]) == 0
-wrong = ["--corpus", f"waves=folder:{sys.argv[1]}", "--options.waves.channels", "65"]
-assert prepare.main(wrong) == 2
-"""
-
-
-def test_files_of_a_modality_are_recognised(installed: Path, waves: Path) -> None:
-    # The options of a folder are those of the modalities that its process found first.
-    done = run_beside(installed, "-c", INSPECT, waves)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert (report["modality"], report["task"]) == ("series", "text_to_series")
-    assert not report["unread"]
-    assert "channels" in done.stderr
 
 
 @pytest.mark.usefixtures("series", "run_root")

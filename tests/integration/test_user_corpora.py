@@ -1,6 +1,7 @@
 """The paper's corpora from disk, end to end: prepared together, one model trained, evaluated."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from pipelines import evaluate, finetune, inspect, predict, prepare
 from pipelines.data.corpora import open_external_corpus
 from pipelines.data.preprocessing import prepare as preparation
+from pipelines.data.preprocessing.local_tasks import LocalTasks
 from pipelines.data.shards.dataset import PreparedCorpus, open_corpus
 from skillnet_corpora.paper import LABELS
 from skillnet_platform.errors import UserError
@@ -46,10 +48,13 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, ray_session: Any) -> Place:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """The corpora; all tests here prepare in this process."""
     made = Place(tmp_path_factory.mktemp("user"))
-    assert prepare.main(made.words) == 0
-    return made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparation, "_start_tasks", lambda *given: LocalTasks(1))
+        assert prepare.main(made.words) == 0
+        yield made
 
 
 def test_splits_and_rejected_rows(place: Place) -> None:
