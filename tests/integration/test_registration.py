@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipelines import predict
-from pipelines.serving import bundle
+from pipelines.serving import bundle, registration
 from pipelines.training.runs import model_source
 from skillnet.model import SkillNet
 from skillnet_platform.tracking import backend, registry
@@ -179,7 +179,8 @@ def test_predict_refuses_a_bundle_that_is_whole_but_not_the_registered_one(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if not versions():
-        assert start(root, "one").wait(300) == 0
+        trained = model_source.resolve_model(str(root / "one"))
+        registration.register_model(trained, str(root / "corpora"), rows=[])
     current = find_champion()
     folder = registry.resolve_registered("models:/skillnet@champion").path / "artifacts/bundle"
     name = next(

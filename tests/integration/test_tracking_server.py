@@ -22,7 +22,7 @@ from skillnet_platform.tracking import Tracker, TrackingConfig, backend
 from tests.helpers import postgres, tracked_trials
 from tests.helpers.object_store import ObjectStore, in_environment
 from tests.helpers.ports import free_port
-from tests.helpers.processes import run_python, start_python
+from tests.helpers.processes import start_python
 from tests.helpers.readable_corpora import write_corpora
 from tests.helpers.small_corpora import small_config
 from tests.helpers.tracked_trials import PATIENCE_S, STEPS
@@ -206,7 +206,10 @@ def holders(folder: Path, secret: str) -> list[str]:
 
 
 def test_no_file_no_parameter_and_no_output_of_a_run_holds_the_password(
-    guarded: tuple[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    guarded: tuple[str, Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     uri, server_home = guarded
     secret = (server_home / "tracker/admin-password").read_text().strip()
@@ -217,12 +220,13 @@ def test_no_file_no_parameter_and_no_output_of_a_run_holds_the_password(
     config.name, config.evaluate, config.tracking.register = "secretive", True, True
     path = tmp_path / "run.yaml"
     path.write_text(configuration.to_yaml(config), encoding="utf-8")
-    given = {"SKILLNET_HOME": str(home), "MLFLOW_HTTP_REQUEST_TIMEOUT": "60"}
-    words = ("finetune", "--config", path, "--tracking.uri", tracker.reveal())
-    done = run_python("-m", "skillnet_platform.cli", *words, variables=given)
-    assert done.returncode == 0, done.stderr
-    assert secret not in done.stdout + done.stderr
-    assert "other users of this machine can read command lines" in done.stderr
+    monkeypatch.setenv("SKILLNET_HOME", str(home))
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    capfd.readouterr()
+    assert finetune.main(["--config", str(path), "--tracking.uri", tracker.reveal()]) == 0
+    said = capfd.readouterr()
+    assert secret not in said.out + said.err
+    assert "other users of this machine can read command lines" in " ".join(said.err.split())
     assert holders(tmp_path, secret) == []
     assert f"uri: {tracker}" in (home / "secretive/config.yaml").read_text(encoding="utf-8")
 
