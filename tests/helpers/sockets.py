@@ -50,7 +50,7 @@ def watched(root: int | None = None) -> Iterator[set[Listening]]:
     def look() -> None:
         while not done.is_set():
             seen.update(listening(root))
-            done.wait(0.2)
+            done.wait(0.5)  # a look reads the open files of all processes
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()

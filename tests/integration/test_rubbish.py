@@ -3,6 +3,7 @@ row and reason, good ones arrive, no worker dies, too many bad ones stop it with
 
 import io
 import json
+import multiprocessing
 import re
 import tarfile
 from pathlib import Path
@@ -18,6 +19,7 @@ from pipelines.data.shards.dataset import open_corpus
 from pipelines.data.transforms.decode_guard import CRASHES_WORKER
 from tests.helpers import hostile_corpora as hostile
 from tests.helpers import user_corpora
+from tests.helpers.processes import fork_context
 from tests.helpers.synthetic_corpora import ENTRY_POINTS
 
 pytestmark = pytest.mark.integration
@@ -134,6 +136,9 @@ def test_a_row_that_hangs_or_ends_its_worker_is_rejected(
         request.getfixturevalue("ray_session")
     else:
         monkeypatch.setattr(preparation, "needs_no_ray", lambda corpora, store: True)
+        # Each end takes a process, which loads its libraries for seconds unless it is a fork.
+        forks = fork_context()
+        monkeypatch.setattr(multiprocessing, "get_context", lambda kind: forks)
     monkeypatch.syspath_prepend(ENTRY_POINTS)
     given = ["deadly", "--data", str(tmp_path / "data"), "--max_error_rate", "1.0"]
     assert prepare.main(given) == 0

@@ -85,13 +85,7 @@ def test_asha_a_failure_and_a_resumed_sweep(
     trials = [
         trial("good", good),
         trial("broken", replace(good, data=str(data.parent / "gone"))),
-        *(
-            trial(
-                f"lame{n}",
-                replace(good, training=replace(good.training, lr=1e-9, max_grad_norm=1e-9)),
-            )
-            for n in range(2)
-        ),
+        trial("lame", replace(good, training=replace(good.training, lr=1e-9, max_grad_norm=1e-9))),
     ]
     with pytest.raises(UserError, match=r"trial broken: .*skillnet prepare"):
         run_trials(trials, folder=run_root / "early", parent=parent)
@@ -113,7 +107,7 @@ def test_asha_a_failure_and_a_resumed_sweep(
     assert outcomes["good"].status == "finished"
     assert outcomes["good"].step == 6
     assert [line["step"] for line in outcomes["good"].reports] == [2, 4, 6]
-    assert {outcomes["lame0"].status, outcomes["lame1"].status} <= {"stopped", "finished"}
+    assert outcomes["lame"].status in ("stopped", "finished")
     broken = outcomes["broken"]
     assert broken.status == "failed"
     assert broken.error is not None
