@@ -26,11 +26,13 @@ from skillnet.config import SkillNetConfig
 from skillnet.layers import (
     PackedRows,
     Padding,
+    RaggedRows,
     SkillAttention,
     SkillFeedForward,
     Skills,
     compute_dtype,
     padding_bias,
+    takes_lengths,
 )
 from skillnet.precision import uses_gpu_kernels
 from skillnet.skill_weights import share_merges
@@ -443,6 +445,8 @@ class EncoderLayer(nn.Module):
         if isinstance(padding, PackedRows):
             places, padding = padding.select_rows(kept.rows)
             count = padding.real
+        elif isinstance(padding, RaggedRows):
+            padding = RaggedRows.find(padding.mask_BT.index_select(0, kept.rows))
         elif padding is not None:
             padding = padding.index_select(0, kept.rows)
         y = branch(x_BTD.index_select(0, places), skills, padding)[:count].to(x_BTD.dtype)
@@ -480,6 +484,7 @@ class Encoder(nn.Module):
         is_post_norm = config.norm_position == "post"
         self.norm = nn.Identity() if is_post_norm else nn.LayerNorm(config.dim, config.norm_eps)
         self.drop_path = config.drop_path
+        self._head_width = config.dim // config.num_heads
         #: Whether rows whose branch is dropped may be computed.
         self.can_mask_rows = True
         #: Keep only the input of each layer for the backward pass, which computes the rest again.
@@ -529,7 +534,7 @@ class Encoder(nn.Module):
         # The bias is built once for all layers.
         padding: Padding = None
         if mask_BT is not None:
-            padding = self._find_padding(mask_BT, compute_dtype(x_BTD))
+            padding = self._find_padding(mask_BT, x_BTD)
             if isinstance(padding, PackedRows):
                 x_BTD = padding.pack(x_BTD)
         for index, layer in enumerate(self.layers):
@@ -541,9 +546,12 @@ class Encoder(nn.Module):
         x_BTD = self.norm(x_BTD)
         return padding.pad(x_BTD) if isinstance(padding, PackedRows) else x_BTD
 
-    def _find_padding(self, mask_BT: Tensor, dtype: torch.dtype) -> Tensor | PackedRows:
-        """Return the padding bias, or packed rows where computing padding costs more."""
-        bias_B11T = padding_bias(mask_BT, dtype)
+    def _find_padding(self, mask_BT: Tensor, x_BTD: Tensor) -> Padding:
+        """Return packed rows where computing padding costs more, else lengths or a bias."""
+        # Padding may lie between tokens, as that of a text with "[PAD]". Answers must be exact.
+        if self.training and takes_lengths(x_BTD, self._head_width):
+            return RaggedRows.find(mask_BT)
+        bias_B11T = padding_bias(mask_BT, compute_dtype(x_BTD))
         # A GPU would wait for the number of real tokens, and a graph has one shape.
         if uses_gpu_kernels(mask_BT) or self.compiler or torch.compiler.is_compiling():
             return bias_B11T

@@ -17,6 +17,7 @@ communication.
 """
 
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from skillnet.precision import uses_gpu_kernels
+from skillnet.precision import native_bf16, uses_gpu_kernels
 from skillnet.skill_weights import NO_FORMS, Forms, Skills, SkillWeights
 
 #: Longest sequence (tokens) whose T x T probabilities are kept for the backward pass.
@@ -112,9 +113,56 @@ def _round_up(index_N: Tensor) -> Tensor:
     return torch.cat([index_N, index_N[:1].expand(more)]) if len(index_N) else index_N
 
 
-#: What the attention must know of the tokens: nothing if all of (B, T, D) are real, a bias for
-#: padded ones, or the places of packed ones.
-Padding = Tensor | PackedRows | None
+class RaggedRows(NamedTuple):
+    """Lengths of padded rows, for flash attention of GPUs, which takes no bias.
+
+    Real tokens and padding of a row are two sequences, so the host need not know the lengths::
+
+        row 0   a b c . .       bounds  0 3 5 7 10
+        row 1   d e . . .
+
+    Args:
+        mask_BT: True at real tokens. Padding follows them.
+        bounds_R: first token of each sequence and the end of the last, (2 B + 1,) int32.
+    """
+
+    mask_BT: Tensor
+    bounds_R: Tensor
+
+    @classmethod
+    def find(cls, mask_BT: Tensor) -> "RaggedRows":
+        """Return the lengths of rows.
+
+        Args:
+            mask_BT: True at real tokens. Padding follows them.
+        """
+        B, T = mask_BT.shape
+        starts = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=mask_BT.device)
+        lengths_B1 = mask_BT.sum(1, keepdim=True, dtype=torch.int32)
+        bounds = starts[:, None] + F.pad(lengths_B1, (1, 0, 0, 1))
+        return cls(mask_BT, bounds.flatten()[:-1])
+
+
+def takes_lengths(x_BTD: Tensor, head_width: int) -> bool:
+    """Return whether attention over tokens can take lengths of rows in place of a bias.
+
+    Args:
+        x_BTD: tokens.
+        head_width: width d of a head.
+    """
+    is_rounded = x_BTD.is_cuda and compute_dtype(x_BTD) == torch.bfloat16
+    return is_rounded and head_width % 8 == 0 and head_width <= 256 and _has_flash(x_BTD.device)
+
+
+@torch.compiler.assume_constant_result
+@lru_cache
+def _has_flash(device: torch.device) -> bool:
+    return native_bf16(device)
+
+
+#: What the attention must know of the tokens: nothing if all of (B, T, D) are real, a bias or the
+#: lengths for padded ones, or the places of packed ones.
+Padding = Tensor | RaggedRows | PackedRows | None
 
 
 def multihead_attention(qkv: Tensor, heads: int, padding: Padding = None) -> Tensor:
@@ -124,11 +172,14 @@ def multihead_attention(qkv: Tensor, heads: int, padding: Padding = None) -> Ten
         qkv: (B, T, 3 D), or (N, 3 D) of packed rows: queries, keys and values side by side, each
             with its heads side by side.
         heads: number of heads H.
-        padding: bias (B, 1, 1, T) that is added to the scores of every query, or packed rows.
+        padding: bias (B, 1, 1, T) that is added to the scores of every query, lengths of rows on a
+            GPU (:func:`takes_lengths`), or packed rows.
 
     Returns:
         (B, T, D), or (N, D) of packed rows.
     """
+    if isinstance(padding, RaggedRows):
+        return _attend_ragged(qkv, heads, padding)
     if not isinstance(padding, PackedRows):
         return _attend(qkv, heads, padding)
     if padding.shape[1] > PLAIN_TOKENS:
@@ -152,6 +203,32 @@ def _attend(qkv_BT3D: Tensor, heads: int, bias_B11T: Tensor | None) -> Tensor:
     q_BHTd, k_BHTd, v_BHTd = (x_BTHd.transpose(1, 2) for x_BTHd in qkv_BT3Hd.unbind(2))
     y_BHTd = F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, attn_mask=bias_B11T)
     return y_BHTd.transpose(1, 2).reshape(B, T, width // 3)
+
+
+def _attend_ragged(qkv_BT3D: Tensor, heads: int, rows: RaggedRows) -> Tensor:
+    B, T, width = qkv_BT3D.shape
+    q_NHd, k_NHd, v_NHd = qkv_BT3D.view(B * T, 3, heads, width // (3 * heads)).unbind(1)
+    y_NHd = attend_sequences(q_NHd, k_NHd, v_NHd, rows.bounds_R, T)
+    return y_NHd.reshape(B, T, width // 3)
+
+
+def attend_sequences(
+    q_NHd: Tensor, k_NHd: Tensor, v_NHd: Tensor, bounds_R: Tensor, longest: int
+) -> Tensor:
+    """Compute attention within sequences of N tokens on a GPU, (N, H, d).
+
+    Args:
+        q_NHd: queries.
+        k_NHd: keys.
+        v_NHd: values.
+        bounds_R: see :class:`RaggedRows`.
+        longest: largest number of tokens of a sequence.
+    """
+    # ``torch.nn.attention.varlen`` calls this operation too, and fills three more tensors for it.
+    attend = torch.ops.aten._flash_attention_forward
+    found = attend(q_NHd, k_NHd, v_NHd, bounds_R, bounds_R, longest, longest, 0.0, False, False)
+    attended: Tensor = found[0]
+    return attended
 
 
 class _PlainAttention(torch.autograd.Function):

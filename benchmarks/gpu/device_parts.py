@@ -16,6 +16,7 @@ from benchmarks.gpu.step_parts import StepRunner, time_steps
 from benchmarks.measure import Result, plain, spread
 from pipelines.training.loop.loop import train_model
 from pipelines.training.loop.resolved_run import ResolvedRun
+from skillnet.layers import RaggedRows, multihead_attention, padding_bias
 from skillnet_planning.measurements import (
     COPIES,
     LAUNCH,
@@ -25,6 +26,8 @@ from skillnet_planning.memory_plan import RunPlanner
 
 #: Largest relative difference of a weight after the steps in float64.
 PARITY_LIMIT = 1e-9
+#: The same of attention in bf16, whose numbers have 8 binary digits.
+ROUNDED_LIMIT = 2e-2
 PARITY_STEPS, WAIT_STEPS = 12, 20
 LAUNCHES = 2_000
 
@@ -107,6 +110,33 @@ def compare_devices(bench: GpuBench) -> Iterator[Result]:
         worst = max(worst, float(difference / ours.detach().abs().max().clamp(min=1e-12)))
     label, unit = f"weights after {PARITY_STEPS} steps in float64", "largest relative difference"
     yield Result(label, "CPU", unit, worst, worst, worst, f"<= {PARITY_LIMIT:g}")
+    if bench.is_gpu:
+        worst = compare_attention(bench.device)
+        label = "attention by lengths in bf16, forward and backward"
+        yield Result(label, "bias in float64", unit, worst, worst, worst, f"<= {ROUNDED_LIMIT:g}")
+
+
+def compare_attention(device: torch.device) -> float:
+    """Return the largest relative difference of attention by lengths to that with a bias.
+
+    Args:
+        device: GPU.
+    """
+    lengths_B = torch.tensor([200, 1, 130, 0, 64], device=device)
+    mask_BT = torch.arange(200, device=device) < lengths_B[:, None]
+    qkv = torch.randn(5, 200, 3 * 768, device=device).bfloat16()
+    found = []
+    for x, padding in (
+        (qkv.double(), padding_bias(mask_BT, torch.float64)),
+        (qkv, RaggedRows.find(mask_BT)),
+    ):
+        x.requires_grad_()
+        y_MD = multihead_attention(x, 12, padding)[mask_BT]
+        (gradient,) = torch.autograd.grad(y_MD.square().sum(), x)
+        found.append((y_MD.detach().double(), gradient[mask_BT].double()))
+    return max(
+        float((ours - exact).norm() / exact.norm()) for exact, ours in zip(*found, strict=True)
+    )
 
 
 def measure_waits(bench: GpuBench) -> Iterator[Result]:

@@ -19,7 +19,7 @@ from skillnet.baselines.moe_layers import ExpertFeedForward, RoutingResult
 from skillnet.bounds import DropProbability, LayerSize, check_bounds
 from skillnet.config import SkillNetConfig
 from skillnet.encoder import Encoder, EncoderLayer
-from skillnet.layers import PackedRows, Padding, Skills
+from skillnet.layers import PackedRows, Padding, RaggedRows, Skills
 from skillnet.model import SkillNet
 from skillnet.multitask_model import Batch, Outputs
 from skillnet.systems import SizeMatch, System
@@ -97,6 +97,8 @@ class ExpertLayer(EncoderLayer):
             # Copies that fill up packed tokens are no load of an expert.
             y, routing = self.feedforward(x[: padding.real])
             y = F.pad(y, (0, 0, 0, len(x) - padding.real))
+        elif isinstance(padding, RaggedRows):
+            y, routing = self.feedforward(x, padding.mask_BT)
         else:
             # The bias is 0 at real tokens. Its rows are already those that drop path keeps.
             mask_BT = None if padding is None else padding[:, 0, 0] == 0

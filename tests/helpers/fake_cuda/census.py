@@ -189,6 +189,7 @@ def describe(watch: DeviceWatch) -> dict[str, Any]:
         "blocking_copies": watch.blocking_copies,
         "cpu_operations": dict(watch.cpu_operations),
         "operations": watch.operations,
+        "biased": watch.biased,
     }
 
 

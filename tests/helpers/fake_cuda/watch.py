@@ -62,6 +62,7 @@ class DeviceWatch(TorchDispatchMode):
         cpu_operations: names of operations on tensors of the CPU.
         operations: number of operations on the device.
         nbytes: bytes of inputs and outputs of these operations, without products.
+        biased: number of forward passes of attention with a bias.
     """
 
     def __init__(self) -> None:
@@ -69,7 +70,7 @@ class DeviceWatch(TorchDispatchMode):
         self.waits: Counter[str] = Counter()
         self.blocking_copies: list[str] = []
         self.cpu_operations: Counter[str] = Counter()
-        self.operations = self.nbytes = 0
+        self.operations = self.nbytes = self.biased = 0
 
     def _wait(self, reason: str, count: int = 1) -> None:
         self.waits[f"{reason} at {find_place()}"] += count
@@ -103,6 +104,7 @@ class DeviceWatch(TorchDispatchMode):
         if any(is_cuda(x) for x in (*inputs, *outputs)):
             is_computing = not func.is_view and name not in NO_KERNEL | NOT_COMPUTING
             self.operations += is_computing
+            self.biased += name == "_scaled_dot_product_efficient_attention"
             if (is_computing or name == "_to_copy") and name not in PRODUCTS:
                 # A tensor that is written into is an input and the output.
                 tensors = {id(x): x for x in (*inputs, *outputs)}.values()
@@ -197,6 +199,7 @@ def answer_values() -> None:
     # Autocast turns itself off without a device.
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.cuda.is_bf16_supported = lambda *_, **__: True
+    torch.cuda.get_device_capability = lambda *_: (9, 0)
     torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda *_, **__: None
     # Events of torch.cuda ask the driver for a stream; those of torch ask the fake device.

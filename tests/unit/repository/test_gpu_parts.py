@@ -13,7 +13,9 @@ from benchmarks.gpu.__main__ import PartRows, main, measure_part, run_part
 from benchmarks.gpu.bench import GpuBench
 from benchmarks.gpu.part_list import list_parts
 from benchmarks.measure import Result, plain, read_csv_rows
+from skillnet import layers
 from skillnet_platform.cluster.gpu_types import GpuType
+from tests.unit.skillnet.test_packed_rows import attend_apart
 
 CPU = torch.device("cpu")
 
@@ -203,3 +205,14 @@ def test_figures_of_a_run_become_rows() -> None:
     result = {"step": 3, "seconds": 2.0, "rows_per_second": 9.0, "waiting": 0.25}
     made = list(run_parts.read_run_result("finetune", result | {"evaluation": [row]}))
     assert [each.value for each in made] == [2.0, 9.0, 25.0, 0.5]
+
+
+def test_attention_by_lengths_is_compared_with_a_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "attend_sequences", attend_apart)
+    found = device_parts.compare_attention(CPU)
+    assert 0 < found < device_parts.ROUNDED_LIMIT
+    wrong = torch.tensor([0, 200, 400, 600, 800, 1000], dtype=torch.int32)
+    monkeypatch.setattr(
+        layers.RaggedRows, "find", lambda mask_BT: layers.RaggedRows(mask_BT, wrong)
+    )
+    assert device_parts.compare_attention(CPU) > device_parts.ROUNDED_LIMIT

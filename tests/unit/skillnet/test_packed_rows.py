@@ -1,9 +1,11 @@
 """Real tokens computed alone give what padded rows give: outputs and every gradient."""
 
+import itertools
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from skillnet import encoder as encoders
@@ -107,3 +109,47 @@ def test_experts_do_not_count_the_copies(monkeypatch: pytest.MonkeyPatch) -> Non
     layer.stores_routings = True
     encoder(x_BTD, SKILLS, mask_BT)
     assert [len(routing.logits_NE) for routing in layer.routings] == [18]
+
+
+def attend_apart(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int) -> Tensor:
+    """Attention of each sequence alone, for the operation that only GPUs have."""
+    assert bounds.dtype == torch.int32
+    edges = bounds.tolist()
+    assert (edges[0], edges[-1]) == (0, len(q))
+    pairs = list(itertools.pairwise(edges))
+    assert max(end - start for start, end in pairs) <= longest
+    attended = [
+        F.scaled_dot_product_attention(*(x[start:end].transpose(0, 1) for x in (q, k, v)))
+        for start, end in pairs
+    ]
+    return torch.cat(attended, 1).transpose(0, 1)
+
+
+@pytest.mark.parametrize("changes", [{}, {"norm_position": "post"}, {"drop_path": 0.4}], ids=str)
+@pytest.mark.parametrize("system", BUILDERS)
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_lengths_give_outputs_and_gradients_of_a_bias(
+    lengths: str, system: str, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path of GPUs, with a kernel for CPUs in place of flash attention."""
+    encoder, inputs = build(system, **changes), rows_of(LENGTHS[lengths])
+    expected, wanted = run(encoder, *inputs, -1.0, monkeypatch)
+    monkeypatch.setattr(encoders, "takes_lengths", lambda x_BTD, head_width: True)
+    monkeypatch.setattr(layers, "attend_sequences", attend_apart)
+    found, gradients = run(encoder, *inputs, -1.0, monkeypatch)
+    torch.testing.assert_close(found, expected)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(
+            gradients[name], gradient, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+def test_answers_keep_the_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real tokens of a row need not be its first ones."""
+    monkeypatch.setattr(encoders, "takes_lengths", lambda x_BTD, head_width: True)
+    encoder, (x_BTD, mask_BT) = build().eval(), rows_of(LENGTHS["captions"])
+    mask_BT[0, 2] = False
+    order = [*(number for number in range(12) if number != 2), 2]
+    found, moved = encoder(x_BTD, SKILLS, mask_BT), x_BTD[:, order]
+    expected = encoder(moved, SKILLS, mask_BT[:, order])
+    torch.testing.assert_close(found[:, order][mask_BT[:, order]], expected[mask_BT[:, order]])

@@ -100,6 +100,15 @@ def test_copies_to_the_device_are_asynchronous(census: Census) -> None:
     assert {name: places for name, places in found.items() if places} == {}
 
 
+def test_padded_rows_take_flash_attention(census: Census) -> None:
+    """Other kernels take a bias: in fp32, in inference, and in the encoders of libraries."""
+    biased = {name for name, case in census.items() if case["biased"]}
+    others = ("specialist", "skillnet text_to_image fp32")
+    steps = {name for name in biased if "inference" not in name and not name.startswith(others)}
+    assert steps == set()
+    assert "skillnet text_classification inference" in biased
+
+
 def test_waits_and_operations_only_decrease(census, table):
     found = {name: count(name, case) for name, case in census.items()}
     larger = {
