@@ -25,6 +25,7 @@ from typing import Any
 
 from pipelines.data.transforms.decode_guard import describe_timeout
 from pipelines.data.transforms.decoder_process import decode_media
+from pipelines.data.transforms.own_words import CAMEL, WHITE_SPACE, WORDS
 from pipelines.data.transforms.text import UNTOKENIZED
 from skillnet.rust_panics import panics_as_errors
 
@@ -461,15 +462,6 @@ def _check_keys(where: str, part: Mapping[str, Any], known: set[str]) -> None:
     if unknown:
         raise ValueError(f"{where} has unknown keys: {', '.join(unknown[:5])}")
 
-
-#: Chinese characters and their radicals, as the inside of a class.
-CJK = (
-    r"\u2e80-\u2fdf\u3007\u31c0-\u31ef\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-)
-WHITE_SPACE = r"\s+"
-WORDS = rf"[{CJK}]|[a-z]+|[0-9]{{1,3}}|_+|[^\s\w]+|[^\s{CJK}a-z0-9_]+"
-#: Places before the capitals of an identifier.
-CAMEL = r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"
 
 _SUFFIX = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"

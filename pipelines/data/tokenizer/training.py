@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pipelines.data.tokenizer.guarded_loader import CAMEL, CJK, WHITE_SPACE, WORDS
+from pipelines.data.transforms.own_words import CJK, WORDS, make_normalizer, make_pre_tokenizer
 
 #: Files of the tokenizer that the corpora of a directory share, and of its origin.
 TOKENIZER = "tokenizer.json"
@@ -48,7 +48,7 @@ def train_tokenizer(
     from tokenizers import Tokenizer, models, trainers
 
     tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL[UNKNOWN], byte_fallback=True))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = _make_normalizer(), _make_pre_tokenizer()
+    tokenizer.normalizer, tokenizer.pre_tokenizer = make_normalizer(), make_pre_tokenizer()
     cjk = re.compile(f"[{CJK}]")
     task, other, words = Counter[str](), Counter[str](), Counter[str]()
     for texts, characters in ((task_texts, task), (other_texts, other)):
@@ -88,25 +88,6 @@ def load_tokenizer(path: str | Path) -> Any:
         return parse_tokenizer(read_tokenizer_tree(Path(path)))
     except ValueError as error:
         raise ValueError(f"{path}: not a tokenizer ({error}); run `skillnet prepare`") from None
-
-
-def _make_normalizer() -> Any:
-    from tokenizers import Regex, normalizers
-
-    return normalizers.Sequence(
-        [normalizers.NFKC(), normalizers.Replace(Regex(CAMEL), " "), normalizers.Lowercase()]
-    )
-
-
-def _make_pre_tokenizer() -> Any:
-    from tokenizers import Regex, pre_tokenizers
-
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WHITE_SPACE), "removed"),
-            pre_tokenizers.Split(Regex(WORDS), "isolated"),
-        ]
-    )
 
 
 def _join_chunks(texts: Iterable[str], size: int = 1 << 16) -> Iterable[str]:

@@ -3,12 +3,13 @@
 import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from pipelines.data.transforms.own_words import find_word_pattern
 from skillnet.rust_panics import panics_as_errors
 
 #: Start of the messages about a text.
@@ -69,6 +70,19 @@ def list_ids(tokenizer: Any, texts: Sequence[str], limit: int) -> list[list[int]
     Raises:
         ValueError: the tokenizer fails.
     """
+    pattern = find_word_pattern(tokenizer)
+    if pattern is None:
+        return [row[:limit] for row in _list_all_ids(tokenizer, texts)]
+    # Twice, because all words at once would take a hundred bytes each.
+    words = list({word for each in texts for word in pattern.findall(each)})
+    ids = dict(zip(words, _list_all_ids(tokenizer, words), strict=True))
+    find = ids.__getitem__
+    return [
+        list(islice(chain.from_iterable(map(find, pattern.findall(each))), limit)) for each in texts
+    ]
+
+
+def _list_all_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     ids: list[list[int]] = []
     for start in range(0, len(texts), BATCH_TEXTS):
         batch = texts[start : start + BATCH_TEXTS]
@@ -78,7 +92,7 @@ def list_ids(tokenizer: Any, texts: Sequence[str], limit: int) -> list[list[int]
         for index, row in enumerate(ids):
             if unknown in row:
                 ids[index] = _encode_unknown(tokenizer, texts[index], unknown, first)
-    return [row[:limit] for row in ids]
+    return ids
 
 
 @lru_cache(maxsize=2)
