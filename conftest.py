@@ -170,14 +170,10 @@ def ray_session(session_root: Path) -> Iterator[Any]:
 
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prepare in this process, also beside a Ray and with media.
+    """Prepare in this process, also beside a Ray and with media."""
+    from tests.helpers.prepared_corpora import prepare_in_process
 
-    A task of Ray imports the libraries of media in each of its workers.
-    """
-    from pipelines.data.preprocessing.local_tasks import LocalTasks
-
-    where = "pipelines.data.preprocessing.prepare._start_tasks"
-    monkeypatch.setattr(where, lambda *given: LocalTasks(1))
+    prepare_in_process(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Prepared corpora without ``prepare``: written, and changed with a right digest."""
+"""Prepared corpora: without processes, or without ``prepare``, changed with a right digest."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -6,12 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pytest
 
 from pipelines.data.corpora import ExternalCorpus
 from pipelines.data.preprocessing import prepare as preparing
+from pipelines.data.preprocessing.local_tasks import LocalTasks
 from pipelines.data.shards import format as shard_format
 from pipelines.data.shards.format import FORMAT_VERSION, SHARD_TABLE, manifest_digest, write_shard
 from pipelines.data.shards.row_checks import ROW_CHECKS
+
+
+def prepare_in_process(patch: pytest.MonkeyPatch) -> None:
+    """Prepare in this process, also beside a Ray and with media.
+
+    A task of Ray, and a process for media, imports the libraries of media.
+    """
+    patch.setattr(preparing, "_start_tasks", lambda *given: LocalTasks(1))
 
 
 def write_manifest(folder: Path, manifest: Any) -> Path:

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 
 from pipelines import finetune
 from pipelines import prepare as preparing
-from pipelines.data.preprocessing.local_tasks import LocalTasks
 from pipelines.data.shards.dataset import open_corpus
 from skillnet_platform.storage import directories
 from tests.helpers.cloud_stores import CloudStore, reached
+from tests.helpers.prepared_corpora import prepare_in_process
 from tests.helpers.processes import run_python
 from tests.helpers.small_corpora import write_corpora
 from tests.helpers.user_corpora import webdataset
@@ -41,7 +41,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SKILLNET_HOME", str(root))
         # This machine alone needs no Ray; test_prepare.py compares the bytes.
-        patch.setattr("pipelines.data.preprocessing.prepare._start_tasks", lambda *_: LocalTasks(1))
+        prepare_in_process(patch)
         words = ["--corpus", f"mine=webdataset:{mine}", "--data", str(root / "here")]
         assert preparing.main([*words, "--tokenizer", "learn"]) == 0
     return mine, open_corpus(root / "here" / "mine").manifest

@@ -11,11 +11,11 @@ import pytest
 from pipelines import evaluate, finetune, inspect, predict, prepare
 from pipelines.data.corpora import open_external_corpus
 from pipelines.data.preprocessing import prepare as preparation
-from pipelines.data.preprocessing.local_tasks import LocalTasks
 from pipelines.data.shards.dataset import PreparedCorpus, open_corpus
 from skillnet_corpora.paper import LABELS
 from skillnet_platform.errors import UserError
 from tests.helpers import user_corpora
+from tests.helpers.prepared_corpora import prepare_in_process
 
 pytestmark = pytest.mark.integration
 NAMES = ("tnews", "aishell1", "aic_icc", "vatex", "pytorrent")
@@ -52,7 +52,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """The corpora; all tests here prepare in this process."""
     made = Place(tmp_path_factory.mktemp("user"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparation, "_start_tasks", lambda *given: LocalTasks(1))
+        prepare_in_process(patch)
         assert prepare.main(made.words) == 0
         yield made
 

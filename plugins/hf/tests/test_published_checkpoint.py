@@ -52,7 +52,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @torch.no_grad()
-def test_both_towers_start_with_the_outputs_of_a_published_bert(folder, run_root, tmp_path):
+def test_both_towers_start_with_the_outputs_of_a_published_bert(
+    folder, run_root, tmp_path, one_process
+):
     """A task of ``init-task --from``: its skills and the specialist read the published tokens."""
     import tokenizers
     import transformers

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from skillnet.model import SkillNet
 from skillnet.objectives.base import NamedMetric, RowMetric, find_objective
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import read_json
+from tests.helpers.prepared_corpora import prepare_in_process
 
 SIZES = {"dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 16, "embedding_dim": 8}
 SETTINGS = {"training.steps": 12, "tasks.topic.batch_size": 8, "tasks.colour.batch_size": 8}
@@ -36,6 +37,14 @@ def make_pixels(channel: int, seed: int) -> np.ndarray:
     pixels = np.random.default_rng(seed).integers(0, 60, (20, 24, 3)).astype(np.uint8)
     pixels[..., channel] += 150
     return pixels
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process() -> Iterator[None]:
+    """All tests here prepare in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        prepare_in_process(patch)
+        yield
 
 
 @pytest.fixture(scope="module")
