@@ -38,7 +38,7 @@ OLD = (
     ("/v1/search", {"query": "红色的心", "task": "text_to_image"}),
 )
 NEW = ("/v1/predict", {"rows": [{**IMAGE, "task": "shape"}]})
-ROUNDS = 10
+ROUNDS = 4
 
 
 @pytest.fixture
