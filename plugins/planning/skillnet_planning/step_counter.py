@@ -31,8 +31,11 @@ from skillnet_planning.fake_weights import replace_weights
 from skillnet_platform.cluster.gpu_types import GpuType
 from skillnet_platform.errors import UserError
 
-#: Operations that allocate and neither read nor write.
-_ALLOCATIONS = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
+#: Operations that neither read nor write: allocations, and a view that torch does not call one.
+_UNTOUCHED = (
+    *("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"),
+    "_unsafe_view",
+)
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ class StepCounter(TorchDispatchMode):
         outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         for tensor in outputs:
             self.add(tensor)
-        if outputs and not func.is_view and name not in _ALLOCATIONS:
+        if outputs and not func.is_view and name not in _UNTOUCHED:
             inputs = [x for x in tree_leaves((args, options)) if isinstance(x, Tensor)]
             formula = _FORMULAS.get(func.overloadpacket)
             self.operations.append(
