@@ -1,7 +1,6 @@
 """Training in Python: the numbers of ``skillnet finetune``, own parts, and a complete model."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines import finetune
 from pipelines.fitting import TrainingData
 from skillnet.model import SkillNet
 from skillnet.objectives.base import NamedMetric, RowMetric, find_objective
@@ -80,12 +80,7 @@ def finetune_same(data: TrainingData, folder: Path) -> dict[str, torch.Tensor]:
         "tracking.uri": f"sqlite:///{folder}/mlflow.db",
     }
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    subprocess.run(
-        [sys.executable, "-m", "pipelines.finetune", *words],
-        check=True,
-        capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    assert finetune.main(words) == 0
     return SkillNet.from_pretrained(folder / "a" / "model").state_dict()
 
 
