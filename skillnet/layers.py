@@ -154,10 +154,13 @@ def takes_lengths(x_BTD: Tensor, head_width: int) -> bool:
     return is_rounded and head_width % 8 == 0 and head_width <= 256 and _has_flash(x_BTD.device)
 
 
-@torch.compiler.assume_constant_result
 @lru_cache
 def _has_flash(device: torch.device) -> bool:
     return native_bf16(device)
+
+
+# As torch.compiler.assume_constant_result, which imports the compiler: seconds of each start.
+_has_flash._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 #: What the attention must know of the tokens: nothing if all of (B, T, D) are real, a bias or the
