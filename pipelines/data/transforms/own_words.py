@@ -3,7 +3,7 @@
     "SkillNet读取rows of 文本"  ──>  SkillNet 读 取 rows of 文 本
 
 Most words of a corpus repeat, so :func:`pipelines.data.transforms.text.list_ids` encodes each
-different one once. The library takes 1.5 µs per character for normalizing and dividing a text.
+different one once. The library spends most of its time on normalizing and dividing.
 """
 
 import re
