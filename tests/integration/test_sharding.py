@@ -2,6 +2,7 @@
 
 import json
 import platform
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from math import isfinite
@@ -21,6 +22,7 @@ from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.setup import build_model
 from pipelines.training.loop.worker import MODEL, FinalEvaluation, run_worker
 from pipelines.training.runs.layout import TRAINED
+from skillnet import serialization
 from skillnet.serialization import check_file, read_manifest
 from skillnet.systems import load_model
 from tests.helpers.small_corpora import (
@@ -126,9 +128,17 @@ def finish_run(rank: int, world: int, config: FinetuneConfig, run: str, brief: b
 
 
 def finish_resumed(rank: int, world: int, config: FinetuneConfig, run: str) -> None:
-    """Finish a run whose checkpoint makes initial weights superfluous."""
-    with mock.patch.object(setup, "build_model", side_effect=AssertionError("weights were drawn")):
+    """Finish a run whose checkpoint makes initial weights superfluous. One rank hashes it, once."""
+    drawn = mock.patch.object(
+        setup, "build_model", side_effect=AssertionError("weights were drawn")
+    )
+    hashed = mock.patch.object(serialization, "hash_file", wraps=serialization.hash_file)
+    with drawn, hashed as hash_file:
         finish_run(rank, world, config, run)
+    paths = [call.args[0] for call in hash_file.call_args_list]
+    weights = [path for path in paths if path.suffix == ".safetensors"]
+    read = Counter(path.name for path in weights if path.parent.name == "step-00000007")
+    assert set(read.values()) == (set() if rank else {1}), read
 
 
 def read_rows(run: Path) -> list[dict[str, Any]]:

@@ -532,7 +532,7 @@ def load_checkpoint(
     store = shards.store if shards is not None else None
     if checkpoint.unread:
         _require_unchanged(model, checkpoint.unread, optimizer)
-    load_weights(checkpoint.path, model, store, checkpoint.unread)
+    load_weights(checkpoint.path, model, store, checkpoint.unread, is_verified=True)
 
     def own_part(name: str, value: Tensor) -> Tensor:
         # The step count of a weight has no parts.

@@ -199,13 +199,21 @@ def find_checkpoint(
     Raises:
         UserError: the checkpoint belongs to another configuration, or only some ranks see one.
     """
-    folder = run / "checkpoints"
-    newest = checkpoints.find_newest(folder, used)
+    folder, rank, nodes = run / "checkpoints", 0, [""] * world
+    if world > 1:
+        rank = dist.get_rank()
+        dist.all_gather_object(nodes, platform.node())
+    # The first rank of a node hashes the files for all of them.
+    readers = [nodes.index(node) for node in nodes]
+    newest = checkpoints.find_newest(folder, used, readers[rank] == rank)
     # Each rank may see its own disk. Repeat until all agree on one step.
     while world > 1:
         steps: list[Any] = [None] * world
         dist.all_gather_object(steps, newest.step if newest else None)
         if len(set(steps)) == 1:
+            break
+        if all(steps[reader] is None for reader in readers):
+            newest = None
             break
         if None in steps:
             seen = ", ".join(f"rank {rank}: {step}" for rank, step in enumerate(steps))
@@ -221,7 +229,7 @@ def find_checkpoint(
             # stayed beside newer ones would be taken for an old one and be deleted.
             for name in [p.name for p in folder.glob("*") if checkpoints.step_of(p.name) > least]:
                 shutil.rmtree(folder / name, ignore_errors=True)
-            newest = checkpoints.find_newest(folder, used)
+            newest = checkpoints.find_newest(folder, used, readers[rank] == rank)
     if newest is not None and newest.state.get("config_digest") != identity:
         raise UserError(
             f"{newest.path} was written with another configuration; resume with that one "

@@ -45,22 +45,27 @@ class VerifiedCheckpoint:
         return int(self.state["step"])
 
 
-def find_newest(folder: Path, used: Collection[str] | None = None) -> VerifiedCheckpoint | None:
+def find_newest(
+    folder: Path, used: Collection[str] | None = None, is_hashed: bool = True
+) -> VerifiedCheckpoint | None:
     """Return the newest valid checkpoint of a run, or None; warn about invalid ones.
 
     Args:
         folder: directory of the checkpoints.
         used: see :func:`verify_checkpoint`.
+        is_hashed: see :func:`verify_checkpoint`.
     """
     for path in list_checkpoint_folders(folder):
         try:
-            return verify_checkpoint(path, used)
+            return verify_checkpoint(path, used, is_hashed)
         except ValueError as error:
             console.print_warning(f"{error}; trying the checkpoint before it")
     return None
 
 
-def verify_checkpoint(path: str | Path, used: Collection[str] | None = None) -> VerifiedCheckpoint:
+def verify_checkpoint(
+    path: str | Path, used: Collection[str] | None = None, is_hashed: bool = True
+) -> VerifiedCheckpoint:
     """Compare the files of a checkpoint with its manifest.
 
     Args:
@@ -68,6 +73,7 @@ def verify_checkpoint(path: str | Path, used: Collection[str] | None = None) -> 
         used: files of weights, without suffix, that the run's tasks use; they are hashed with
             their state. Others must exist with their size; a run that uses them hashes them. None
             hashes all.
+        is_hashed: False compares presence and size alone, for what another process hashes.
 
     Raises:
         UserError: it is incomplete or corrupt; names the file.
@@ -78,7 +84,7 @@ def verify_checkpoint(path: str | Path, used: Collection[str] | None = None) -> 
         for name in manifest["files"]:
             file, suffix = name.removesuffix(WEIGHTS), name.endswith(WEIGHTS)
             is_used = used is None or not suffix or file.removeprefix(_prefix_of(file)) in used
-            (check_file if is_used else find_file)(path, name, manifest)
+            (check_file if is_used and is_hashed else find_file)(path, name, manifest)
             if not is_used and not _prefix_of(file):
                 unread.add(file)
     except ValueError as error:
@@ -107,6 +113,7 @@ def load_weights(
     model: TaskModel,
     store_weight: Callable[[str, Tensor], None] | None = None,
     unread: Collection[str] = (),
+    is_verified: bool = False,
 ) -> None:
     """Copy a saved model's weights into a model of the same shape.
 
@@ -115,6 +122,7 @@ def load_weights(
         model: receives the weights.
         store_weight: receives name and value of each weight instead of the model.
         unread: files, without suffix, that are mapped into the model: neither hashed nor read.
+        is_verified: the files were hashed before.
 
     Raises:
         UserError: a file is missing or corrupt, or weights do not fit.
@@ -127,7 +135,8 @@ def load_weights(
             weights = {name: parameters[name] for name in names}
             model.map_file(file, weights, path / f"{file}.safetensors", manifest)
             continue
-        tensors = load_tensors(check_file(path, f"{file}.safetensors", manifest))
+        find = find_file if is_verified else check_file
+        tensors = load_tensors(find(path, f"{file}.safetensors", manifest))
         for name in names:
             if name not in tensors or tensors[name].shape != parameters[name].shape:
                 found = tuple(tensors[name].shape) if name in tensors else "missing"

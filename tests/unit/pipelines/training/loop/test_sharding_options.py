@@ -19,7 +19,7 @@ from pipelines.training.loop.checkpointing import (
 )
 from pipelines.training.loop.optimizer import build_optimizer
 from pipelines.training.loop.reporter import LoopReporter
-from pipelines.training.loop.setup import count_sharing_workers
+from pipelines.training.loop.setup import count_sharing_workers, find_checkpoint
 from pipelines.training.loop.sharding import (
     ModelShards,
     build_mesh,
@@ -28,7 +28,12 @@ from pipelines.training.loop.sharding import (
     require_sharding,
     shard_model,
 )
-from pipelines.training.runs.checkpoints import load_weights, verify_checkpoint
+from pipelines.training.runs import checkpoints
+from pipelines.training.runs.checkpoints import (
+    VerifiedCheckpoint,
+    load_weights,
+    verify_checkpoint,
+)
 from skillnet.model import SkillNet
 from skillnet.skipped_init import SkippedInit
 from skillnet.systems import build_system
@@ -134,6 +139,28 @@ def test_training_continues_while_a_checkpoint_is_written(process_group, tmp_pat
         expected = optimizer.state[shards.parameters[name]]
         assert again.state[parameter].keys() == expected.keys()
         assert all(torch.equal(again.state[parameter][key], expected[key]) for key in expected)
+
+
+def test_workers_of_a_node_trust_the_one_that_hashes(tmp_path: Path, monkeypatch) -> None:
+    """It found a damaged file, so the others take no checkpoint either."""
+    seen = VerifiedCheckpoint(tmp_path / "step-5", {"step": 5, "config_digest": "same"})
+    hashing: list[bool] = []
+    found: list[int | None] = []
+
+    def find(folder: Path, used: object, is_hashed: bool) -> VerifiedCheckpoint:
+        hashing.append(is_hashed)
+        return seen
+
+    def gather(places: list[object], mine: object) -> None:
+        places[:] = ["node", "node"] if isinstance(mine, str) else [found[-1], 5]
+
+    monkeypatch.setattr(checkpoints, "find_newest", find)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    for step, expected in ((5, seen), (None, None)):
+        found.append(step)
+        assert find_checkpoint(tmp_path, "same", 2, None) is expected
+    assert hashing == [False, False]
 
 
 def test_parts_of_all_workers_must_be_visible(tmp_path: Path) -> None:
