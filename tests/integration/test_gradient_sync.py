@@ -14,6 +14,7 @@ from pipelines.training.loop.gradient_sync import (
     GradientSync,
     broadcast_parameters,
 )
+from pipelines.training.loop.task_groups import TaskGroups
 from skillnet.objectives.retrieval import info_nce
 from tests.integration.ranks import run_ranks
 
@@ -67,7 +68,7 @@ def sums_of_gradients(rank: int, world: int, bucket_bytes: float) -> None:
 class LateSum:
     """Handle of a sum over two equal ranks that is not made before somebody waits for it."""
 
-    def __init__(self, values: torch.Tensor, async_op: bool) -> None:
+    def __init__(self, values: torch.Tensor, group: None, async_op: bool) -> None:
         assert async_op
         self._values = values
 
@@ -138,6 +139,37 @@ def sums_in_shared_buckets(rank: int, world: int) -> None:
             own.grad = whole.grad = None
 
 
+def sums_over_groups(rank: int, world: int, lanes: int) -> None:
+    """Half of the lanes train each task; what one group alone uses does not leave it."""
+    model, reference = Shared(), Shared()
+    tasks = ["left"] * (lanes // 2) + ["right"] * (lanes // 2)
+    groups = TaskGroups([{task} for task in tasks], rank, world)
+    sync = GradientSync(model.active(), world, 1e6, groups)
+    x = torch.arange(60, dtype=torch.float64).view(10, 6).sin()
+    for stops in (False, True):
+        own = [tasks[lane] for lane in groups.lanes]
+        sync.begin(own[-1], stops and rank == world - 1, tasks)
+        for number, task in enumerate(own):
+            with sync.paused(number < len(own) - 1):
+                model.loss(task, x[rank_slice(10, groups.rank, groups.world)]).backward()
+        assert sync.finish() == stops
+        for task in tasks:
+            reference.loss(task, x).backward()
+        assert sync.norm is not None
+        expected = nn.utils.get_total_norm([p.grad for p in reference.parameters()])
+        torch.testing.assert_close(sync.norm, expected, rtol=1e-12, atol=0)
+        for name, own_weight in model.named_parameters():
+            whole = reference.get_parameter(name)
+            is_held = name.startswith("shared") or name.split(".")[1] in own
+            assert (own_weight.grad is not None) == is_held, name
+            if is_held:
+                torch.testing.assert_close(own_weight.grad, whole.grad, rtol=1e-12, atol=1e-12)
+            own_weight.grad = whole.grad = None
+    shared = 8 * sum(p.numel() for p in model.shared.parameters())
+    private = 8 * sum(p.numel() for p in model.own["left"].parameters())
+    assert sync.bytes_reduced == 2 * (shared + private * (groups.world > 1))
+
+
 def values_of_rank_0(rank: int, world: int, bucket_bytes: float) -> None:
     model, reference = Shared(), Shared()
     with torch.no_grad():
@@ -180,10 +212,12 @@ CHECKS: dict[int, list[tuple[Callable[..., None], *tuple[Any, ...]]]] = {
         *((values_of_rank_0, bucket_bytes) for bucket_bytes in (1, 1e6)),
         (contrastive, 7),
         (outside_the_plan,),
+        (sums_over_groups, 2),
+        (sums_over_groups, 4),
     ],
     3: [*((sums_of_gradients, bucket_bytes) for bucket_bytes in (1, 200, 1e9)), (contrastive, 7)],
     # The last rank has no row.
-    4: [(contrastive, 3)],
+    4: [(contrastive, 3), (sums_over_groups, 2)],
 }
 
 

@@ -38,13 +38,17 @@ COLUMNS: dict[str, list[tuple[int, int | None]]] = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the table: settings of the model and of the training beside those of a plain run."""
+    """A row of the table: settings of the model and of the training beside those of a plain run.
+
+    The run on one rank has those of ``schedule``, too.
+    """
 
     training: dict[str, Any] = field(default_factory=dict)
+    schedule: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
 
     def make(self, data: Path, **training: Any) -> FinetuneConfig:
-        config = small_config(data, steps=STEPS, **training)
+        config = small_config(data, steps=STEPS, **self.schedule, **training)
         for key, value in self.model.items():
             setattr(config.model, key, value)
         return config
@@ -59,6 +63,8 @@ VARIANTS = {
     "`sharding: full`": Variant({"sharding": "full"}),
     "`sharding: hybrid`, two ranks a node": Variant({"sharding": "hybrid"}),
     "`sharding: host`": Variant({"sharding": "host"}),
+    "`tasks_per_step: 2`, an average": Variant(schedule={"tasks_per_step": 2, "ema": 0.9}),
+    "`tasks_per_step: 4`, parts of 2 rows": Variant({"micro_batch_size": 2}, {"tasks_per_step": 4}),
 }
 
 

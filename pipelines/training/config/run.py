@@ -125,7 +125,10 @@ class TrainingConfig:
     """Settings of the optimizer, the workers and the intervals of a run.
 
     Args:
-        steps: global steps; each has one task.
+        steps: global steps; each has ``tasks_per_step`` batches of one task each.
+        tasks_per_step: batches of a step, whose gradients are summed. Workers divide into groups,
+            of which each computes its tasks beside the others and keeps their state alone, if both
+            numbers have a common divisor. ``max_grad_norm`` limits the mean of the gradients.
         lr: peak learning rate of AdamW (Loshchilov & Hutter 2019).
         warmup_fraction: fraction of ``steps`` used for linear warmup.
         schedule: decay after the warmup: ``cosine`` or ``linear`` to 2 % of ``lr`` at the last
@@ -195,6 +198,7 @@ class TrainingConfig:
     """
 
     steps: PositiveCount = 2000
+    tasks_per_step: Annotated[int, Interval(ge=1, le=10_000)] = 1
     lr: LearningRate = 1e-3
     warmup_fraction: UnitFraction = 0.05
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
@@ -240,6 +244,11 @@ class TrainingConfig:
             raise ValueError(
                 f"training.patience keeps whole weights, and training.sharding {self.sharding} "
                 "divides them; remove one of them"
+            )
+        if self.tasks_per_step > 1 and self.sharding != "none":
+            raise ValueError(
+                f"training.tasks_per_step {self.tasks_per_step} places weights by task, and "
+                f"training.sharding {self.sharding} places them too; remove one of them"
             )
         if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
             raise ValueError(

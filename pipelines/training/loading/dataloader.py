@@ -1,8 +1,10 @@
-"""Data loader of all tasks: global batches as a pure function of (seed, step).
+"""Data loader of all tasks: global batches as a pure function of (seed, number of the batch).
 
-Each step has one task, so that all workers activate the same skills. A worker takes its slice of
-the global batch. Order, captions and augmentation depend on (seed, step, row) and not on the
-number of workers, and resuming needs only the step.
+Each batch has one task, so that all its workers activate the same skills. A worker takes its slice
+of the global batch. Order, captions and augmentation depend on (seed, number, row) and not on the
+number of workers, and resuming needs only the step. The number of a batch is the step; with
+``training.tasks_per_step`` it is that of its lane, see
+:class:`pipelines.training.loading.samplers.TaskSampler`.
 
 :func:`prefetch_batches` loads them ahead of the training, in a thread or in processes. A thread
 costs nothing and suffices beside a CPU. It shares Python's lock with the training, which launches
@@ -13,7 +15,7 @@ import contextlib
 import functools
 import multiprocessing
 import signal
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +159,7 @@ class MultiTaskDataLoader:
         shuffle_bytes: largest size of a task's shards that are shuffled as a unit; a larger task
             is shuffled in windows of this size.
         shard_groups: groups of shards from which each batch takes equal parts; None for none.
+        tasks_per_step: lanes of the schedule.
 
     Raises:
         UserError: an unknown task, a corpus that is missing or of another modality, or a setting
@@ -174,6 +177,7 @@ class MultiTaskDataLoader:
         masks: MaskConfig | None = None,
         shuffle_bytes: float = float("inf"),
         shard_groups: int | None = None,
+        tasks_per_step: int = 1,
     ) -> None:
         if not tasks:
             raise UserError("there is no task to train; name at least one in tasks")
@@ -200,19 +204,21 @@ class MultiTaskDataLoader:
             {name: dataset.num_rows for name, dataset in self.datasets.items()},
             temperature,
         )
-        self._task_sampler = TaskSampler(self.weights, seed)
+        self._task_sampler = TaskSampler(self.weights, seed, tasks_per_step)
+        self.lanes = self._task_sampler.lanes
 
     def __getstate__(self) -> dict[str, Any]:
         # Another process divides the shards itself: their order has a number for each.
         return self.__dict__ | {"_samplers": {}}
 
-    def task_at(self, step: int) -> str:
-        """Return the task of a step."""
-        return self._task_sampler.task_at(step)[0]
+    def tasks_at(self, step: int) -> list[str]:
+        """Return the task of each lane in a step."""
+        count = len(self.lanes)
+        return [self._task_sampler.task_at(step * count + lane)[0] for lane in range(count)]
 
-    def batch_spec(self, step: int) -> BatchSpec:
-        """Return the task and rows of the global batch of a step."""
-        task, batch_index = self._task_sampler.task_at(step)
+    def batch_spec(self, number: int) -> BatchSpec:
+        """Return the task and rows of a global batch."""
+        task, batch_index = self._task_sampler.task_at(number)
         return BatchSpec(task, batch_index, self._find_sampler(task).batch(batch_index))
 
     def bytes_in_use(self) -> int:
@@ -228,19 +234,19 @@ class MultiTaskDataLoader:
         return sum(sizes.values())
 
     def count_steps(self, steps: int) -> dict[str, int]:
-        """Return the number of steps of each task among the first ``steps``."""
+        """Return the number of batches of each task among the first ``steps`` steps."""
         return self._task_sampler.count_steps(steps)
 
-    def batch(self, step: int, rank: int = 0, world: int = 1, for_gpu: bool = False) -> Batch:
-        """Load a rank's part of the global batch of a step.
+    def batch(self, number: int, rank: int = 0, world: int = 1, for_gpu: bool = False) -> Batch:
+        """Load a rank's part of a global batch.
 
         Args:
-            step: number of optimizer steps so far.
-            rank: index of the process among the workers, from 0.
-            world: number of ranks.
+            number: index of the batch in the run, from 0.
+            rank: index of the process among those of the batch, from 0.
+            world: number of ranks of the batch.
             for_gpu: leave pixels as stored; :meth:`Batch.to` changes them on the GPU.
         """
-        task, batch_index = self._task_sampler.task_at(step)
+        task, batch_index = self._task_sampler.task_at(number)
         dataset, sampler = self.datasets[task], self._find_sampler(task)
         count = self.tasks[task].batch_size
         part = rank_slice(count, rank, world)
@@ -250,11 +256,11 @@ class MultiTaskDataLoader:
             part = slice(0, 1)
         sampler.open_shards(dataset.shard_table, batch_index, part)
         rows = sampler.batch(batch_index, part)
-        random = BatchRandom((self.seed, "rows", step), count, part)
+        random = BatchRandom((self.seed, "rows", number), count, part)
         towers, targets, changes = dataset.load(rows, random, self._augmentation)
         masked = targets.get("masked")
         counts = None if masked is None else masked.sum(1).numpy()
-        seed = int(keyed_rng(self.seed, "depth", step).integers(2**62))
+        seed = int(keyed_rng(self.seed, "depth", number).integers(2**62))
         batch = Batch(
             task, towers, targets, rows, count, is_padding, counts, changes, part.start, seed
         )
@@ -325,6 +331,7 @@ def prefetch_batches(
     world: int = 1,
     processes: int = 0,
     for_gpu: bool = False,
+    lanes: Sequence[int] | None = None,
 ) -> Iterator[Iterator[Batch]]:
     """Load the batches of steps ``start`` to ``stop`` ahead of a block.
 
@@ -332,15 +339,19 @@ def prefetch_batches(
         dataloader: loads the batches.
         start: first step.
         stop: step after the last one.
-        rank: index of the process among the workers, from 0.
-        world: number of ranks.
+        rank: index of the process among those of a batch, from 0.
+        world: number of ranks of a batch.
         processes: that load batches; 0 for a thread.
         for_gpu: put tensors into pinned memory, for asynchronous copies, and leave the changes of
             pixels to the GPU.
+        lanes: whose batches of each step are loaded, in this order; None for all.
     """
+    count = len(dataloader.lanes)
+    chosen = range(count) if lanes is None else lanes
+    numbers = [step * count + lane for step in range(start, stop) for lane in chosen]
     batches = StepBatches(dataloader, rank, world, for_gpu)
     if processes:
-        loaded = _raise_errors(_open_processes(batches, range(start, stop), processes, for_gpu))
+        loaded = _raise_errors(_open_processes(batches, numbers, processes, for_gpu))
         try:
             yield loaded
         finally:
@@ -348,14 +359,14 @@ def prefetch_batches(
             loaded.close()
         return
 
-    def load(number: int, grant: Callable[[int], None]) -> Batch | Exception:
-        batch = batches[start + number]
+    def load(index: int, grant: Callable[[int], None]) -> Batch | Exception:
+        batch = batches[numbers[index]]
         return batch.pin_memory() if for_gpu and isinstance(batch, Batch) else batch
 
     # One compute thread: the others belong to the model.
     use_one_thread = functools.partial(torch.set_num_threads, 1)
     ahead = OrderedPrefetcher(
-        stop - start, load, streams=1, ahead=BATCHES_OF_THREAD, initializer=use_one_thread
+        len(numbers), load, streams=1, ahead=BATCHES_OF_THREAD, initializer=use_one_thread
     )
     try:
         yield _raise_errors(ahead)
@@ -364,7 +375,7 @@ def prefetch_batches(
 
 
 def _open_processes(
-    batches: "StepBatches", steps: range, processes: int, pin: bool
+    batches: "StepBatches", numbers: Sequence[int], processes: int, pin: bool
 ) -> "DataLoader[Batch | Exception]":
     # A fork would copy the locks of threads, and a process with a GPU must not fork. A server that
     # has imported torch forks the processes instead.
@@ -373,7 +384,7 @@ def _open_processes(
     return DataLoader(
         batches,
         batch_size=None,
-        sampler=steps,
+        sampler=numbers,
         num_workers=processes,
         pin_memory=pin,
         prefetch_factor=BATCHES_PER_PROCESS,
@@ -390,12 +401,12 @@ def _raise_errors(items: Iterable[Batch | Exception]) -> Generator[Batch, None, 
 
 
 class StepBatches(Dataset["Batch | Exception"]):
-    """Batches of a rank by step, as torch's ``DataLoader`` expects them.
+    """Batches of a rank by number, as torch's ``DataLoader`` expects them.
 
     Args:
         dataloader: loads the batches.
-        rank: index of the process among the workers, from 0.
-        world: number of ranks.
+        rank: index of the process among those of a batch, from 0.
+        world: number of ranks of a batch.
         for_gpu: leave the changes of pixels to the GPU.
     """
 
@@ -405,10 +416,10 @@ class StepBatches(Dataset["Batch | Exception"]):
         self._dataloader, self._rank, self._world = dataloader, rank, world
         self._for_gpu = for_gpu
 
-    def __getitem__(self, step: int) -> "Batch | Exception":
-        """Return the batch of a step, or the error; ``DataLoader`` would rewrite its message."""
+    def __getitem__(self, number: int) -> "Batch | Exception":
+        """Return a batch, or the error; ``DataLoader`` would rewrite its message."""
         try:
-            return self._dataloader.batch(step, self._rank, self._world, self._for_gpu)
+            return self._dataloader.batch(number, self._rank, self._world, self._for_gpu)
         except Exception as error:
             return error
 

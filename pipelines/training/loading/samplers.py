@@ -4,6 +4,7 @@ They do not depend on the number of workers or on earlier steps, so resuming nee
 """
 
 import heapq
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -49,55 +50,88 @@ def compute_task_weights(
 
 
 class TaskSampler:
-    """Sampler of the task of each step.
+    """Sampler of the task of each batch.
 
     Before the shuffling inside blocks of ``BLOCK`` steps, the count of a task is within one of its
     fraction after every step, so short runs get the configured fractions too.
 
+    A step has a batch for each lane: batch ``step * lanes + lane``. A lane has few tasks for the
+    whole run, so that the ranks of a lane need only their weights. The fractions of all tasks stand
+    one after the other, and are cut into lanes of equal length (the rule of McNaughton 1959)::
+
+        a    ██████             lane 0: a
+        b          ████████     lane 0: b, lane 1: b
+        c                  ██   lane 1: c
+             lane 0 ┃ lane 1
+
     Args:
         weights: fraction per task, summing to 1.
         seed: start of the random numbers of the shuffling.
+        lanes: batches of a step.
     """
 
-    def __init__(self, weights: Mapping[str, float], seed: int) -> None:
+    def __init__(self, weights: Mapping[str, float], seed: int, lanes: int = 1) -> None:
         # Sorted, so that the order of the tasks in a file has no effect.
         self.names: tuple[str, ...] = tuple(sorted(weights))
-        self._shares = np.array([weights[name] for name in self.names])
+        self._shares = _cut_lanes(np.array([weights[name] for name in self.names]), lanes)
         self._seed = seed
         self._tasks = np.zeros(0, dtype=np.int64)
         self._batch_indices = np.zeros(0, dtype=np.int64)
 
-    def task_at(self, step: int) -> tuple[str, int]:
-        """Return the task of a step, and the number of earlier steps of this task."""
-        if step >= len(self._tasks):
-            self._extend(max(step + 1, 2 * len(self._tasks), 64 * BLOCK))
-        return self.names[self._tasks[step]], int(self._batch_indices[step])
+    @property
+    def lanes(self) -> list[set[str]]:
+        """Tasks of each lane."""
+        return [{self.names[task] for task in np.flatnonzero(each)} for each in self._shares]
+
+    def task_at(self, number: int) -> tuple[str, int]:
+        """Return the task of a batch, and the number of earlier batches of this task."""
+        if number >= len(self._tasks):
+            steps = number // len(self._shares) + 1
+            self._extend(max(steps, 2 * len(self._tasks) // len(self._shares), 64 * BLOCK))
+        return self.names[self._tasks[number]], int(self._batch_indices[number])
 
     def count_steps(self, steps: int) -> dict[str, int]:
-        """Return the number of steps of each task among the first ``steps``."""
-        if steps:
-            self.task_at(steps - 1)
-        counts = np.bincount(self._tasks[:steps], minlength=len(self.names))
+        """Return the number of batches of each task among the first ``steps`` steps."""
+        numbers = steps * len(self._shares)
+        if numbers:
+            self.task_at(numbers - 1)
+        counts = np.bincount(self._tasks[:numbers], minlength=len(self.names))
         return dict(zip(self.names, counts.tolist(), strict=True))
 
     def _extend(self, steps: int) -> None:
         blocks = -(-steps // BLOCK)
-        counts = np.zeros(len(self.names))
-        tasks = np.empty(blocks * BLOCK, dtype=np.int64)
-        for step in range(len(tasks)):
-            # The task that is furthest behind its fraction comes next.
-            task = int(np.argmax((step + 1) * self._shares - counts))
-            counts[task] += 1
-            tasks[step] = task
-        for block in range(blocks):
-            part = tasks[block * BLOCK : (block + 1) * BLOCK]
-            # Shuffling hides the regular pattern from the optimizer; the key is the block.
-            keyed_rng(self._seed, "schedule", block).shuffle(part)
+        table = np.empty((blocks * BLOCK, len(self._shares)), dtype=np.int64)
+        for lane, shares in enumerate(self._shares):
+            counts = np.zeros(len(self.names))
+            for step in range(len(table)):
+                # The task that is furthest behind its fraction comes next.
+                task = int(np.argmax((step + 1) * shares - counts))
+                counts[task] += 1
+                table[step, lane] = task
+            for block in range(blocks):
+                part = table[block * BLOCK : (block + 1) * BLOCK, lane]
+                # Shuffling hides the regular pattern from the optimizer; the key is the block.
+                keyed_rng(self._seed, "schedule", block, *([lane] if lane else [])).shuffle(part)
+        tasks = table.ravel()
         batch_indices = np.empty_like(tasks)
         for task in range(len(self.names)):
             is_task = tasks == task
             batch_indices[is_task] = np.arange(int(is_task.sum()))
         self._tasks, self._batch_indices = tasks, batch_indices
+
+
+def _cut_lanes(shares: np.ndarray, lanes: int) -> list[np.ndarray]:
+    """Return the fraction of each task in each lane, summing to 1 in a lane."""
+    if lanes == 1:
+        return [shares]
+    ends, cuts = np.cumsum(shares), np.linspace(0, 1, lanes + 1)
+    cut = [
+        np.minimum(ends, stop) - np.maximum(ends - shares, start)
+        for start, stop in itertools.pairwise(cuts)
+    ]
+    # Rounding must not bring a task into a lane.
+    kept = [np.where(part > 1e-9, part, 0) for part in cut]
+    return [part / part.sum() for part in kept]
 
 
 def bucket_by_length(

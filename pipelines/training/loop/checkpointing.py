@@ -512,6 +512,7 @@ def load_checkpoint(
     average: WeightAverage | None = None,
     shards: "ModelShards | None" = None,
     best: BestWeights | None = None,
+    left_out: Collection[str] = (),
 ) -> None:
     """Load a verified checkpoint's weights, optimizer state, averages and best weights.
 
@@ -522,6 +523,7 @@ def load_checkpoint(
         average: receives the averaged weights.
         shards: receives this rank's part of each tensor instead of the model.
         best: receives the weights of the best validation.
+        left_out: weights that this rank does not update; it needs neither state nor average.
 
     Raises:
         UserError: the checkpoint is of a model of another shape.
@@ -555,7 +557,8 @@ def load_checkpoint(
                 raise UserError(f"{path}: {key} is not the state of a parameter of this model")
         for key, value in tensors.items():
             name, _, field = key.rpartition("/")
-            optimizer.state[parameters[name]][field] = own_part(name, value)
+            if name not in left_out:
+                optimizer.state[parameters[name]][field] = own_part(name, value)
 
     def load_copies(prefix: str, meaning: str, values: dict[str, Tensor]) -> None:
         for path, tensors in load_files(prefix):
@@ -576,7 +579,9 @@ def load_checkpoint(
     updates = checkpoint.state.get("average_updates", {})
     if not isinstance(updates, dict) or not all(type(n) is int for n in updates.values()):
         raise UserError(f"{checkpoint.path / 'state.json'}: average_updates are not numbers")
-    average.updates = updates
+    average.updates = {name: n for name, n in updates.items() if name not in left_out}
+    for name in left_out:
+        average.values.pop(name, None)
 
 
 def _to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

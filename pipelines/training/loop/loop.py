@@ -33,6 +33,7 @@ from pipelines.training.loop.setup import (
     pick_device,
 )
 from pipelines.training.loop.step import backward_step
+from pipelines.training.loop.task_groups import TaskGroups
 from pipelines.training.loop.task_health import MAX_NONFINITE_STEPS, TaskHealth
 from pipelines.training.loop.telemetry import (
     CostMeter,
@@ -139,6 +140,7 @@ def train_model(
     if folder is not None:
         # The checkpoint must have the same identity as this run.
         checkpoint = find_checkpoint(folder, identity, world, find_used_files(config))
+    groups = TaskGroups(run.dataloader.lanes, rank, world, settings.collective_timeout_s)
     replica = build_replica(
         config,
         run.corpora,
@@ -148,6 +150,7 @@ def train_model(
         folder,
         checkpoint,
         run.parts.model,
+        groups,
     )
     model, active, sync, shards = replica.model, replica.active, replica.sync, replica.shards
     # Weights that no step changes have no place in the optimizer.
@@ -165,7 +168,8 @@ def train_model(
     )
     start = 0
     if checkpoint is not None:
-        checkpointing.load_checkpoint(checkpoint, model, optimizer, average, shards, best)
+        left_out = trained.keys() - replica.held
+        checkpointing.load_checkpoint(checkpoint, model, optimizer, average, shards, best, left_out)
         start = checkpoint.step
         sizes = {name: task.batch_size for name, task in config.trained.items()}
         health.restore(checkpoint.state, run.dataloader.count_steps(start), sizes)
@@ -173,7 +177,7 @@ def train_model(
     # Tensors that move between devices, or are gathered, do not count their changes.
     unchanged = None
     if settings.sharding in ("none", "host"):
-        moves = settings.sharding == "host"
+        moves = settings.sharding == "host" or groups.count > 1
         unchanged = checkpointing.UnchangedFiles(replica.source, model.unread, moves)
         if checkpoint is not None and not moves:
             unchanged.resume(checkpoint.path, tensors)
@@ -187,10 +191,10 @@ def train_model(
     if best is not None and best.is_over:
         last = start
     peak = find_peak_flops(device, precision.name == "bf16")
-    meter = ThroughputMeter(config, world, device, CostMeter(model, peak))
+    meter = ThroughputMeter(config, groups, device, CostMeter(model, peak))
     gauges = GaugePublisher(str(config.name))
     stopped, path, leaving = None, None, False
-    step = start
+    step, lanes = start, settings.tasks_per_step
     writer: ShardedCheckpoints | BackgroundCheckpoints | None = None
     if run.has_folder and shards is not None:
         from pipelines.training.loop.sharded_checkpoints import open_writer
@@ -207,7 +211,13 @@ def train_model(
 
     def save_checkpoint() -> Path | None:
         health.reduce()
-        if not run.has_folder or (rank and shards is None):
+        if not run.has_folder:
+            return None
+        with replica.placed.joined(optimizer, average):
+            return write_state()
+
+    def write_state() -> Path | None:
+        if rank and shards is None:
             return None
         if residency is not None:
             residency.settle()
@@ -237,42 +247,59 @@ def train_model(
     processes, pin = settings.dataloader_num_workers, device.type == "cuda"
     with (
         StepProfiler(settings, folder, rank, device) as profiler,
-        prefetch_batches(run.dataloader, start, last, rank, world, processes, pin) as batches,
+        prefetch_batches(
+            run.dataloader, start, last, groups.rank, groups.world, processes, pin, groups.lanes
+        ) as batches,
     ):
-        for batch in meter.iter_timed(batches):
-            batch = batch.to(device, precision.weights)
+        # As many batches as this rank has lanes.
+        for loaded in zip(*[meter.iter_timed(batches)] * len(groups.lanes), strict=True):
+            own = [batch.to(device, precision.weights) for batch in loaded]
+            tasks, losses = run.dataloader.tasks_at(step), []
             if residency is not None:
-                following = run.dataloader.task_at(step + 1) if step + 1 < last else None
-                residency.begin_step(batch.task, following)
-            # Dropout is reseeded each step, so that a resumed run repeats the same numbers.
-            seed_dropout(config.seed, step, rank)
+                following = run.dataloader.tasks_at(step + 1)[0] if step + 1 < last else None
+                residency.begin_step(tasks[0], following)
             for callback in callbacks:
                 callback.on_step_start(step)
             profiler.begin_step(step)
 
             # Ranks sum gradients during the backward pass; the stop flag travels with them.
-            sync.begin(batch.task, preemption.stop_requested())
-            loss = backward_step(
-                replica.runner,
-                batch,
-                precision,
-                config,
-                sync,
-                rank,
-                world,
-                health,
-                run.parts.losses,
-            )
+            sync.begin(own[-1].task, preemption.stop_requested(), tasks)
+            for lane, batch in zip(groups.lanes, own, strict=True):
+                # Dropout is reseeded each step, so that a resumed run repeats the same numbers.
+                seed_dropout(config.seed, step * lanes + lane, groups.rank)
+                with sync.paused(batch is not own[-1]):
+                    loss = backward_step(
+                        replica.runner,
+                        batch,
+                        precision,
+                        config,
+                        sync,
+                        groups.rank,
+                        groups.world,
+                        health,
+                        run.parts.losses,
+                        groups.find_channel(),
+                    )
+                losses.append(loss)
             leaving = sync.finish()
             # All ranks see the same norm, so all of them skip the same steps. Norm and flag stay on
             # the device until the next log.
-            lr = set_learning_rate(optimizer, schedules[batch.task], step)
+            lr = set_learning_rate(optimizer, schedules[tasks[0]], step)
             norm, is_finite = update_weights(
-                optimizer, active[batch.task], settings.max_grad_norm, average, replica.shard_group
+                optimizer,
+                replica.list_active(set(tasks)),
+                # AdamW does not see a constant factor, so the sum stands for the mean.
+                settings.max_grad_norm * lanes,
+                average,
+                replica.shard_group,
+                sync.norm,
             )
-            health.add_step(batch, is_finite, step)
+            for task in tasks:
+                health.add_step(task, config.tasks[task].batch_size, is_finite, step)
             step += 1
-            meter.add(batch, loss, norm, lr, is_finite)
+            for batch, loss in zip(own, losses, strict=True):
+                meter.add_batch(batch, loss, is_finite)
+            meter.end_step(tasks, norm if lanes == 1 else norm / lanes, lr)
             if step % settings.log_every == 0 or step == last or leaving:
                 health.reduce()
                 values = (
@@ -315,6 +342,7 @@ def train_model(
     # The result has the averaged weights, or the best ones; the checkpoint has all of them.
     if average is not None:
         average.swap(replica.owner)
+    replica.placed.share_weights()
     if best is not None:
         best.restore(trained)
         stopped = best.describe_end() if has_converged and step < settings.steps else stopped
@@ -377,6 +405,7 @@ def averaged_weights(
             average.swap(replica.owner)
 
     swap()
+    replica.placed.share_weights()
     replica.model.eval()
     try:
         yield

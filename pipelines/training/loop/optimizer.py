@@ -162,7 +162,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainingConfig, 
 
 
 def clip_gradients(
-    parameters: Iterable[nn.Parameter], max_norm: float, shards: dist.ProcessGroup | None = None
+    parameters: Iterable[nn.Parameter],
+    max_norm: float,
+    shards: dist.ProcessGroup | None = None,
+    norm: Tensor | None = None,
 ) -> Tensor:
     """Scale gradients to a global norm of at most ``max_norm``; 0 does not scale.
 
@@ -170,18 +173,20 @@ def clip_gradients(
         parameters: with gradients.
         max_norm: largest norm.
         shards: ranks that each have a part of every gradient; None if each has the whole.
+        norm: length of the gradients of all ranks, if it is known.
 
     Returns:
         The norm before scaling.
     """
     limit, parameters = max_norm or math.inf, list(parameters)
     # foreach: one call for all tensors; torch chooses it by itself only on GPUs.
-    if shards is None:
+    if shards is None and norm is None:
         return nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    square = nn.utils.get_total_norm(gradients, foreach=True).square()
-    dist.all_reduce(square, group=shards)
-    norm = square.sqrt()
+    if norm is None:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        square = nn.utils.get_total_norm(gradients, foreach=True).square()
+        dist.all_reduce(square, group=shards)
+        norm = square.sqrt()
     nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
     return norm
 
@@ -192,6 +197,7 @@ def update_weights(
     max_norm: float,
     average: "WeightAverage | None" = None,
     shards: dist.ProcessGroup | None = None,
+    norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Clip the gradients, update the weights unless a gradient is not finite, drop the gradients.
 
@@ -206,11 +212,12 @@ def update_weights(
         max_norm: see :func:`clip_gradients`.
         average: running mean of the weights, or None.
         shards: see :func:`clip_gradients`.
+        norm: see :func:`clip_gradients`.
 
     Returns:
         The norm of the gradient before scaling, and whether it is finite, both on the device.
     """
-    norm = clip_gradients((parameter for _, parameter in active), max_norm, shards)
+    norm = clip_gradients((parameter for _, parameter in active), max_norm, shards, norm)
     is_finite = torch.isfinite(norm)
     # torch's GradScaler hands its flag to fused optimizers in the same attribute.
     optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
 """A training run from validation to its evaluated model, for all commands that train."""
 
 import functools
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -83,18 +84,26 @@ def validate_run(run: ResolvedRun) -> None:
 
 
 def check_batch_sizes(config: FinetuneConfig) -> None:
-    """Check that each worker gets a row of each batch.
+    """Check that each worker gets a row of its batches, and that a step has one learning rate.
 
     Raises:
-        UserError: a task has fewer rows per step than the run has workers.
+        UserError: a task has fewer rows than workers compute them, or a rate beside other tasks.
     """
-    workers = config.training.workers
+    training = config.training
+    workers = training.workers // math.gcd(training.workers, training.tasks_per_step)
     for name, task in config.trained.items():
-        if task.batch_size < workers:
+        if task.lr is not None and training.tasks_per_step > 1:
             raise UserError(
-                f"tasks.{name}.batch_size is {task.batch_size}, fewer than training.workers "
+                f"tasks.{name}.lr: a step has {training.tasks_per_step} tasks and one learning "
+                "rate. Remove the key, or set training.tasks_per_step to 1"
+            )
+        if task.batch_size < workers:
+            whose = "" if workers == training.workers else " of a group"
+            most = task.batch_size * training.workers // workers
+            raise UserError(
+                f"tasks.{name}.batch_size is {task.batch_size}, fewer than training.workers{whose} "
                 f"({workers}): a worker would have no row. Set it to {workers} or more, or give "
-                f"--training.workers {task.batch_size}"
+                f"--training.workers {most}"
             )
 
 

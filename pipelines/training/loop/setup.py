@@ -23,7 +23,9 @@ from pipelines.training.loop.init_from import (
     find_untouched_files,
     load_init_weights,
 )
+from pipelines.training.loop.placed_state import PlacedState
 from pipelines.training.loop.residency import SharedMemory
+from pipelines.training.loop.task_groups import TaskGroups
 from pipelines.training.runs import checkpoints
 from pipelines.training.runs.identity import open_corpora
 from pipelines.training.runs.vocabulary_match import read_corpora_vocabulary
@@ -66,6 +68,7 @@ def build_dataloader(
         MASKS[training.masking],
         training.shuffle_gb * GB,
         training.shard_groups,
+        training.tasks_per_step,
     )
     needed, limit = dataloader.bytes_in_use(), shared_cache().limit
     if needed > limit:
@@ -339,6 +342,9 @@ class TrainingReplica:
         runner: computes steps.
         active: task -> weights that its steps change, as the optimizer sees them.
         sync: sums gradients over ranks.
+        groups: ranks that compute different tasks.
+        placed: weights that some of these groups do not hold.
+        held: names of the weights that this rank updates.
         shards: this rank's part of the weights; None if it holds them whole.
         source: folder of the initial weights; None if all are random.
     """
@@ -347,8 +353,18 @@ class TrainingReplica:
     runner: "TaskModel | ShardedModel"
     active: dict[str, NamedParameters]
     sync: "GradientSync | ShardedSync"
+    groups: TaskGroups
+    placed: PlacedState
+    held: set[str]
     shards: "ModelShards | None" = None
     source: Path | None = None
+
+    def list_active(self, tasks: Collection[str]) -> NamedParameters:
+        """Return the weights that this rank updates in a step of some tasks."""
+        if len(tasks) == 1:
+            return self.active[next(iter(tasks))]
+        named = {name: p for task in sorted(tasks) for name, p in self.active[task]}
+        return [(name, p) for name, p in named.items() if name in self.held]
 
     @property
     def owner(self) -> "TaskModel | ModelShards":
@@ -392,6 +408,7 @@ def build_replica(
     folder: Path | None = None,
     checkpoint: checkpoints.VerifiedCheckpoint | None = None,
     given: TaskModel | None = None,
+    groups: TaskGroups | None = None,
 ) -> TrainingReplica:
     """Build the weights of a run, equal on all ranks, as ``training.sharding`` says.
 
@@ -404,13 +421,15 @@ def build_replica(
         folder: directory of the run; None keeps all weights in memory.
         checkpoint: from which the caller loads all weights; None gives initial ones.
         given: model of one process that is trained in place; None builds one.
+        groups: ranks that compute different tasks; None if all compute the same.
 
     Raises:
         UserError: corpora or initial weights do not fit, or the system cannot be sharded.
     """
     settings, device = config.training, precision.device
+    groups = groups or TaskGroups([config.trained], rank, world)
     if settings.sharding in ("full", "hybrid") and world > 1:
-        return _build_shards(config, corpora, rank, world, precision, checkpoint)
+        return _build_shards(config, corpora, groups, rank, world, precision, checkpoint)
     # Weights that are not in use stay in the host's memory.
     place = torch.device("cpu") if settings.sharding == "host" else device
     report = None
@@ -442,9 +461,11 @@ def build_replica(
             dist.barrier()
         shutil.rmtree(folder / f".shared-{platform.node()}", ignore_errors=True)
     active = trainable_parameters(model, config)
-    sync = GradientSync(active, world)
+    sync = GradientSync(active, world, groups=groups)
     source = None if report is None else Path(report.source)
-    return TrainingReplica(model, model, active, sync, source=source)
+    held = groups.find_held(active)
+    placed = PlacedState(groups, active)
+    return TrainingReplica(model, model, active, sync, groups, placed, held, source=source)
 
 
 def _build_resumed(config: FinetuneConfig, checkpoint: checkpoints.VerifiedCheckpoint) -> TaskModel:
@@ -474,6 +495,7 @@ def count_sharing_workers(sharding: str, workers: int, workers_per_node: int) ->
 def _build_shards(
     config: FinetuneConfig,
     corpora: Mapping[str, PreparedCorpus],
+    groups: TaskGroups,
     rank: int,
     world: int,
     precision: ComputePrecision,
@@ -512,4 +534,6 @@ def _build_shards(
     )
     whole.weight_loader = shards.load_task
     own = {task: [(n, shards.parameters[n]) for n, _ in named] for task, named in active.items()}
-    return TrainingReplica(whole, shards.runner, own, ShardedSync(shards, own), shards)
+    held = groups.find_held(own)
+    sync, placed = ShardedSync(shards, own), PlacedState(groups, own)
+    return TrainingReplica(whole, shards.runner, own, sync, groups, placed, held, shards)

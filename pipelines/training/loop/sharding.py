@@ -18,7 +18,7 @@ that are in no layer are one more group.
 
 import contextlib
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -482,14 +482,15 @@ class ShardedSync:
         self, shards: ModelShards, active: Mapping[str, Sequence[tuple[str, nn.Parameter]]]
     ) -> None:
         self._shards, self._active = shards, active
+        self.norm: Tensor | None = None
         self.bytes_reduced = 0
         self._task = ""
         self._flag = torch.zeros(1, device=shards.device)
         self._handle: Any = None
         self._flag_reader = FlagReader()
 
-    def begin(self, task: str, flag: bool = False) -> None:
-        """Prepare for a backward pass of a task, with this rank's flag."""
+    def begin(self, task: str, flag: bool = False, others: Iterable[str] = ()) -> None:
+        """Prepare for a backward pass of a task, with this rank's flag; it is the only one."""
         self._task = task
         self._flag.fill_(float(flag))
         self._handle = dist.all_reduce(self._flag, async_op=True)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pipelines.training.config.run import FinetuneConfig
@@ -54,6 +55,7 @@ def backward_step(
     world: int = 1,
     health: TaskHealth | None = None,
     losses: Mapping[str, Callable[..., Any]] | None = None,
+    channel: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Add the gradients of a batch to the parameters; return the loss, without a graph.
 
@@ -63,16 +65,17 @@ def backward_step(
         precision: number type of the forward pass.
         config: settings of the run.
         sync: reduces gradients during the backward pass of the last part.
-        rank: index of this process among the workers, from 0.
-        world: number of processes.
+        rank: index of this process among the ranks of the batch, from 0.
+        world: number of ranks of the batch.
         health: counts the rows that cannot be aligned.
         losses: see :class:`pipelines.training.loop.resolved_run.InProcessParts`.
+        channel: ranks of the batch; None for all.
     """
     task = config.model.tasks[batch.task]
     own = (losses or {}).get(batch.task)
 
     def compute_loss(part: Batch) -> Tensor:
-        return step_loss(model, task, part, precision, config, rank, world, health, own)
+        return step_loss(model, task, part, precision, config, rank, world, health, own, channel)
 
     # All towers and parts of the step read the same weights.
     with share_merges(plan.skills for plan in task.towers.values()):
@@ -84,7 +87,7 @@ def backward_step(
             return loss.detach()
         parts = list(split_batch(batch, count))
         if find_objective(task.objective).pairs_towers:
-            gather = DistributedGather(batch.global_rows, rank, world) if world > 1 else None
+            gather = _open_gather(batch, rank, world, channel)
             return _backward_contrastive(model, task, batch, parts, precision, sync, gather, own)
         total = torch.zeros((), device=_device_of(batch))
         for part in parts:
@@ -223,6 +226,7 @@ def step_loss(
     world: int = 1,
     health: TaskHealth | None = None,
     own: Callable[..., Any] | None = None,
+    channel: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Return this rank's share of the loss of a global batch; the shares of all ranks add up to it.
 
@@ -232,19 +236,26 @@ def step_loss(
         batch: this rank's rows, on the model's device.
         precision: number type of the forward pass.
         config: settings of the run.
-        rank: index of this process among the workers, from 0.
-        world: number of processes.
+        rank: index of this process among the ranks of the batch, from 0.
+        world: number of ranks of the batch.
         health: counts the rows that cannot be aligned.
         own: see :func:`task_loss`.
+        channel: ranks of the batch; None for all.
     """
     with precision.autocast():
         outputs = _run_model(model, batch)
     if health is not None:
         health.add_outputs(task, outputs, batch)
-    gather = DistributedGather(batch.global_rows, rank, world) if world > 1 else None
+    gather = _open_gather(batch, rank, world, channel)
     smoothing = config.tasks[batch.task].label_smoothing
     loss = task_loss(task, outputs, batch, gather, smoothing, own)
     return _add_auxiliary_losses(loss, model, batch)
+
+
+def _open_gather(
+    batch: Batch, rank: int, world: int, channel: dist.ProcessGroup | None
+) -> RankGather | None:
+    return DistributedGather(batch.global_rows, rank, world, channel) if world > 1 else None
 
 
 def _run_model(model: StepModel, batch: Batch) -> dict[str, Tensor]:

@@ -74,16 +74,17 @@ class TaskHealth:
         if untaught is not None and not batch.is_padding:
             self._rows[self._index[batch.task]] += untaught
 
-    def add_step(self, batch: Batch, is_finite: Tensor, step: int) -> None:
+    def add_step(self, task: str, rows: int, is_finite: Tensor, step: int) -> None:
         """Remember a step until :meth:`reduce` counts it.
 
         Args:
-            batch: rows of the step.
+            task: name of that of the step; a step of several tasks is added for each.
+            rows: number of the task's rows, of all ranks.
             is_finite: scalar bool, equal on all ranks; the gradient was finite, so the weights
                 were updated.
             step: number of the step.
         """
-        self._unread.append(_UnreadStep(batch.task, batch.global_rows, step, is_finite))
+        self._unread.append(_UnreadStep(task, rows, step, is_finite))
 
     def _count_unread(self) -> None:
         """Count the remembered steps, up to the first that exceeds a limit."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pipelines.training.config.run import FinetuneConfig, TrainingConfig
 from pipelines.training.loading.dataloader import Batch
+from pipelines.training.loop.task_groups import TaskGroups
 from skillnet.modality import find_modality
 from skillnet.multitask_model import TaskModel
 from skillnet.skills import find_task
@@ -71,6 +72,11 @@ class CostMeter:
         self._known: dict[tuple[str, str, int], np.ndarray] = {}
         self._flops = self._tokens = 0.0
 
+    @property
+    def tokens(self) -> float:
+        """Tokens since the metrics were collected, of all ranks that compute the same tasks."""
+        return self._tokens
+
     def add(self, batch: Batch) -> None:
         """Count the rows of a step: operations of this rank, tokens of all ranks."""
         if self._model is None:
@@ -103,15 +109,17 @@ class CostMeter:
             self._known[key] = np.array(self._model.flops(task, changed), dtype=np.float64)
         return self._known[key]
 
-    def collect_metrics(self, seconds: float) -> dict[str, float]:
+    def collect_metrics(self, seconds: float, tokens: float | None = None) -> dict[str, float]:
         """Return metrics since the last call.
 
         Args:
             seconds: time since the last call, without pauses.
+            tokens: those of all tasks; None takes those of this rank's.
         """
         values = {}
         if self._tokens:
-            values["training/tokens_per_second"] = self._tokens / seconds
+            counted = self._tokens if tokens is None else tokens
+            values["training/tokens_per_second"] = counted / seconds
             values["training/model_tflops_per_second"] = self._flops / seconds / 1e12
             if self._peak:
                 values["training/model_flops_utilization"] = self._flops / seconds / self._peak
@@ -227,7 +235,7 @@ class ThroughputMeter:
 
     Args:
         config: settings of the run.
-        world: number of ranks.
+        groups: ranks that compute different tasks.
         device: device of the losses, such as ``cuda:0``.
         costs: counts tokens and operations; None leaves them out.
     """
@@ -235,11 +243,12 @@ class ThroughputMeter:
     def __init__(
         self,
         config: FinetuneConfig,
-        world: int,
+        groups: TaskGroups,
         device: torch.device,
         costs: CostMeter | None = None,
     ) -> None:
-        self._world, self._device, self._costs = world, device, costs
+        self._groups, self._device, self._costs = groups, device, costs
+        self._sizes = {name: task.batch_size for name, task in config.tasks.items()}
         self._index = {name: number for number, name in enumerate(config.tasks)}
         self._start = self._mark = time.monotonic()
         self._pause = 0.0
@@ -269,34 +278,47 @@ class ThroughputMeter:
             self._since["waited"] += spent
             yield batch
 
-    def add(self, batch: Batch, loss: Tensor, norm: Tensor, lr: float, is_finite: Tensor) -> None:
-        """Count a step, without reading a tensor of the device.
+    def add_batch(self, batch: Batch, loss: Tensor, is_finite: Tensor) -> None:
+        """Count a batch of a step, without reading a tensor of the device.
 
         Args:
-            batch: rows of the step.
+            batch: rows of this rank.
             loss: this rank's share of the global loss.
-            norm: length of the gradient over all parameters, a scalar.
-            lr: learning rate.
-            is_finite: scalar bool; the gradient was finite.
+            is_finite: scalar bool; the gradient of the step was finite.
         """
         index = self._index[batch.task]
         # One loss that is not finite would make the running mean NaN for the rest of the run.
         self._sums[index, 0] += loss.masked_fill(~is_finite, 0)
         self._sums[index, 1] += is_finite
-        self.rows += batch.global_rows
-        self._since["rows"] += batch.global_rows
-        self._since["steps"] += 1
-        self._norm, self._lr = norm, lr
         if self._costs is not None:
             self._costs.add(batch)
 
+    def end_step(self, tasks: Iterable[str], norm: Tensor, lr: float) -> None:
+        """Count a step after its batches.
+
+        Args:
+            tasks: names of those of all ranks, one for each lane.
+            norm: length of the gradient over all parameters, a scalar.
+            lr: learning rate.
+        """
+        rows = sum(self._sizes[task] for task in tasks)
+        self.rows += rows
+        self._since["rows"] += rows
+        self._since["steps"] += 1
+        self._norm, self._lr = norm, lr
+
     def collect_metrics(self) -> dict[str, float]:
         """Return metrics since the last call. All ranks must call it together."""
+        groups, tokens = self._groups, None
         sums = self._sums.clone()
-        if self._world > 1:
-            # Each rank has a share of each loss, but counts every step.
+        if groups.count * groups.world > 1:
+            # Each rank of a group has a share of each loss, but counts every step.
             dist.all_reduce(sums)
-            sums[:, 1] /= self._world
+            sums[:, 1] /= groups.world
+        if groups.count > 1 and self._costs is not None:
+            counted = torch.tensor(self._costs.tokens / groups.world, device=self._device)
+            dist.all_reduce(counted)
+            tokens = float(counted)
         now = time.monotonic()
         seconds = max(now - self._mark, 1e-9)
         values: dict[str, float] = {}
@@ -317,7 +339,7 @@ class ThroughputMeter:
         }
         values |= measure_peak_memory(self._device)
         if self._costs is not None:
-            values |= self._costs.collect_metrics(seconds)
+            values |= self._costs.collect_metrics(seconds, tokens)
         self._sums.zero_()
         self._since = {"rows": 0, "waited": 0.0, "steps": 0}
         self._mark = now

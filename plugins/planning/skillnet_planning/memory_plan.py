@@ -6,6 +6,7 @@ the code that trains. :func:`describe_overflow` is the check of ``skillnet submi
 """
 
 import itertools
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -126,8 +127,9 @@ class RunPlanner:
     ) -> None:
         self.workers_per_node = workers_per_node
         self.config = config.joint()
-        self.gpu, self.workers = gpu, workers
         training = self.config.training
+        # The workers that compute a batch together.
+        self.gpu, self.workers = gpu, workers // math.gcd(workers, training.tasks_per_step)
         if training.precision == "fp64":
             raise UserError("training.precision: fp64 is not planned for GPUs. Set auto.")
         automatic = "bf16" if gpu.has_bf16 else "fp32"
@@ -139,6 +141,23 @@ class RunPlanner:
         )
         self._models: dict[bool, PlannedModel] = {}
         self._costs: dict[tuple[str, int, MemoryOptions], StepCost] = {}
+
+    @classmethod
+    def of(cls, other: "RunPlanner", config: FinetuneConfig, workers: int) -> "RunPlanner":
+        """Return the planner of other options for the same model, with the steps counted so far.
+
+        Args:
+            other: planner of the model.
+            config: settings of the run.
+            workers: number of workers.
+        """
+        made = cls(config, other.gpu, workers, other.workers_per_node)
+        made._models, made._costs = other._models, other._costs
+        return made
+
+    def count_sharing(self) -> int:
+        """Return the number of workers that divide the weights among themselves."""
+        return count_sharing_workers(self.given.sharding, self.workers, self.workers_per_node)
 
     def rows_per_worker(self, task: str) -> int:
         """Return the rows of a step that the first worker computes."""
@@ -219,7 +238,8 @@ class RunPlanner:
         return cost.peak_bytes + more
 
     @cached_property
-    def _any_model(self) -> PlannedModel:
+    def planned(self) -> PlannedModel:
+        """Model of the run on fake tensors."""
         flag = self.given.activation_checkpointing
         if flag not in self._models:
             self._models[flag] = PlannedModel(self.config, flag)
@@ -228,18 +248,18 @@ class RunPlanner:
     @cached_property
     def total_parameters(self) -> int:
         """Number of weights of the model."""
-        return sum(p.numel() for p in self._any_model.model.parameters())
+        return sum(p.numel() for p in self.planned.model.parameters())
 
     @cached_property
     def trained_sizes(self) -> dict[str, int]:
         """Task -> number of weights that its steps change."""
-        active = self._any_model.active
+        active = self.planned.active
         return {task: sum(p.numel() for _, p in named) for task, named in active.items()}
 
     @cached_property
     def trained_parameters(self) -> int:
         """Number of weights that the steps of all tasks change."""
-        tasks = self._any_model.active.values()
+        tasks = self.planned.active.values()
         return sum({id(p): p.numel() for named in tasks for _, p in named}.values())
 
     @cached_property
@@ -249,7 +269,7 @@ class RunPlanner:
         Those of the current task, of the next one, and of the one before, which are on their way to
         the host.
         """
-        planned = self._any_model
+        planned = self.planned
         used = [planned.model.active_parameters(task) for task in planned.active]
         return _largest_union(used), _largest_union(planned.active.values())
 
@@ -277,7 +297,7 @@ class RunPlanner:
         if self.given.is_plain:
             # The copy of the best weights is whole, so a run with a patience cannot divide them.
             has_shards = self.workers > 1 and not self.config.training.patience
-            if has_shards and can_shard(self._any_model.model):
+            if has_shards and can_shard(self.planned.model):
                 placed.append(replace(self.given, sharding="full"))
             placed.append(replace(self.given, sharding="host"))
         return placed
@@ -331,7 +351,7 @@ class RunPlanner:
         size = 2 if self.precision == "bf16" else 4
         return sum(
             p.numel() * (size if name in self._rounded else 4)
-            for name, p in self._any_model.active[task]
+            for name, p in self.planned.active[task]
         )
 
     @cached_property
@@ -339,7 +359,7 @@ class RunPlanner:
         # Only a run with shards asks.
         from pipelines.training.loop.sharding import find_rounded_weights
 
-        return find_rounded_weights(self._any_model.model)
+        return find_rounded_weights(self.planned.model)
 
     def count_gathers(self, task: str) -> int:
         """Return how often a step gathers the weights of its task from shards, at most.
@@ -366,7 +386,7 @@ class RunPlanner:
             task: its name.
             lengths: tower -> length of its row.
         """
-        model = self._any_model.model
+        model = self.planned.model
         # The base class counts by running the model.
         if type(model).flops is TaskModel.flops:
             return None

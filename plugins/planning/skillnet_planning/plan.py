@@ -25,7 +25,8 @@ from skillnet_platform.config.bounds import PositiveAmount, require_bounds
 from skillnet_platform.errors import UserError, suggest_name
 
 if TYPE_CHECKING:
-    from skillnet_planning.run_plan import RunPlan, TaskPlan, WorkerPool
+    from skillnet_planning.run_plan import RunPlan
+    from skillnet_planning.task_plan import TaskPlan, WorkerPool
 
 #: Options of this command; all others belong to the command that is planned.
 OWN_OPTIONS = ("gpus", "cluster", "network_gbit_s", "measurements")
@@ -92,7 +93,7 @@ def parse_pool(config: PlanConfig) -> "WorkerPool":
     gpu, workers = find_gpu_type(match[2]), int(match[1] or 1)
     instance = find_instance(gpu, workers)
     # torch loads here: --help and usage errors do not need it.
-    from skillnet_planning.run_plan import WorkerPool
+    from skillnet_planning.task_plan import WorkerPool
 
     return WorkerPool(
         gpu,
@@ -112,7 +113,7 @@ def _read_pool(path: Path, network_gbit_s: float | None) -> "WorkerPool":
             )
     if not kinds:
         raise UserError(f"{path}: the autoscaler starts no node with a GPU. Give --gpus instead.")
-    from skillnet_planning.run_plan import WorkerPool
+    from skillnet_planning.task_plan import WorkerPool
 
     known = [(each, each.gpu, each.instance) for each in kinds if each.gpu and each.instance]
     return WorkerPool(
@@ -285,6 +286,8 @@ def show_plan(plan: "RunPlan") -> None:
         f"Launches: {launches}, fewer if compiled. Links: {describe_links(pool)}. Gathered: "
         f"weights from shards, at most.{beside}",
     )
+    if plan.schemes:
+        show_schemes(plan)
     shares = ", tasks weighted equally" if plan.equal_weights else ""
     used = "" if plan.mfu is None else f", MFU {plan.mfu:.2f}"
     console.print_note(
@@ -307,6 +310,29 @@ def show_plan(plan: "RunPlan") -> None:
         console.print_warning(f"it does not fit. Use {plan.advice}")
     if plan.size_mismatch:
         console.print_warning(plan.size_mismatch)
+
+
+def show_schemes(plan: "RunPlan") -> None:
+    """Print the ways to divide a run among several nodes as a table."""
+    console.print_table(
+        f"Ways to train on {plan.pool.nodes} nodes, predicted",
+        ["scheme", "rows", "GB in a node", "GB between", "ms", "h for 1e9 rows", "1,000 skills"],
+        [
+            [
+                each.name,
+                f"{each.rows:.1f}",
+                f"{each.link_gb:.2f}",
+                f"{each.network_gb:.2f}",
+                f"{1000 * each.batch_s:.1f}",
+                f"{each.hours:.1f}",
+                f"{each.skills_gb:.0f} GB",
+            ]
+            for each in plan.schemes
+        ],
+        "For each batch of one task: rows of a GPU, GB that it sends over NVLink or PCIe, GB that "
+        "its node sends, ms of all groups together. 1,000 skills: their weights and AdamW state "
+        "on a GPU, each of the mean size of the model's skills.",
+    )
 
 
 def _describe_measured(task: "TaskPlan") -> str:

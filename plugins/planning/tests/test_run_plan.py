@@ -18,7 +18,8 @@ from skillnet_planning.plan import (
     parse_runs,
     split_plan_arguments,
 )
-from skillnet_planning.run_plan import OPTIMIZER_BYTES, RunPlan, WorkerPool, plan_run
+from skillnet_planning.run_plan import RunPlan, plan_run
+from skillnet_planning.task_plan import OPTIMIZER_BYTES, WorkerPool
 from skillnet_platform.cluster.gpu_types import (
     GPU_TYPES,
     describe_device,
@@ -242,3 +243,36 @@ def test_shards_and_the_host_are_planned() -> None:
     copy = plans["none", False].host_gb
     assert plans["host", False].host_gb == pytest.approx(3 * copy)
     assert copy > plans["full", False].host_gb == 0
+
+
+def test_ways_to_train_on_several_nodes_are_compared() -> None:
+    pool = WorkerPool(GPU_TYPES["H100"], 8, 100, workers_per_node=4)
+    config = short_config()
+    tasks = {name: replace(task, weight=1.0) for name, task in config.tasks.items()}
+    config = replace(config, tasks=tasks)
+    assert plan_run(config, replace(pool, workers=4)).schemes == []
+    plan = plan_run(config, pool)
+    alone, groups, full, hybrid = plan.schemes
+    mean = sum(task.network_s for task in plan.tasks) / len(plan.tasks)
+    assert alone.network_gb == pytest.approx(mean * 100 / 8)
+    count = int(groups.name.split()[1].removesuffix(":"))
+    assert groups.name == f"training.tasks_per_step {count}: {count} groups of {8 // count}"
+    assert groups.rows == pytest.approx(count * alone.rows, rel=0.2)
+    assert 0 < groups.network_gb < alone.network_gb
+    assert groups.skills_gb == pytest.approx(alone.skills_gb * (4 + 8 / count) / 12)
+    assert full.skills_gb == pytest.approx(alone.skills_gb / 8)
+    assert hybrid.skills_gb == pytest.approx(alone.skills_gb / 4)
+
+
+def test_a_configured_number_of_tasks_divides_the_workers() -> None:
+    pool = WorkerPool(GPU_TYPES["H100"], 8, 100, workers_per_node=4)
+    plain = plan_run(short_config(), pool)
+    # Three lanes and eight workers have no common divisor.
+    three = plan_run(short_config(tasks_per_step=3), pool)
+    assert three.schemes[1].name == "training.tasks_per_step 3: 1 groups of 8"
+    assert [task.rows for task in three.tasks] == [task.rows for task in plain.tasks]
+    eight = plan_run(short_config(tasks_per_step=8), pool)
+    sizes = {name: task.batch_size for name, task in short_config().joint().trained.items()}
+    assert {task.task: task.rows for task in eight.tasks} == sizes
+    # A worker alone exchanges only what the tasks of others use, too.
+    assert eight.schemes[1].network_gb < plain.schemes[0].network_gb / 2

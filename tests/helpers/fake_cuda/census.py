@@ -37,6 +37,7 @@ from pipelines.training.loop.optimizer import WeightAverage, build_optimizer, up
 from pipelines.training.loop.resolved_run import ResolvedRun, build_joint_run
 from pipelines.training.loop.setup import trainable_parameters
 from pipelines.training.loop.step import backward_step
+from pipelines.training.loop.task_groups import TaskGroups
 from pipelines.training.loop.task_health import TaskHealth
 from pipelines.training.loop.telemetry import ThroughputMeter
 from skillnet.config import SkillNetConfig
@@ -124,7 +125,7 @@ class StepCensus:
             average = WeightAverage(0.99)
             sync = GradientSync(active, options.world, 2**20)
             health = TaskHealth(config.tasks, "", options.world, CUDA)
-            meter = ThroughputMeter(config, options.world, CUDA)
+            meter = ThroughputMeter(config, TaskGroups([config.tasks], 0, options.world), CUDA)
             average.update(active[batch.task])
             for _, parameter in active[batch.task]:
                 moments = {key: torch.empty_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
@@ -138,8 +139,9 @@ class StepCensus:
                 sync.finish()
                 of_passes = watch.nbytes
                 norm, is_finite = update_weights(optimizer, active[batch.task], 1.0, average)
-                health.add_step(on_device, is_finite, 0)
-                meter.add(on_device, loss, norm, 1e-3, is_finite)
+                health.add_step(batch.task, batch.global_rows, is_finite, 0)
+                meter.add_batch(on_device, loss, is_finite)
+                meter.end_step([batch.task], norm, 1e-3)
         tensors = [*model.parameters(), *model.buffers(), *average.values.values()]
         tensors += [x for state in optimizer.state.values() for x in state.values()]
         assert all(x.device == CUDA for x in tensors)

@@ -68,6 +68,25 @@ def test_tasks_have_no_fixed_order() -> None:
     assert len(blocks) == 10
 
 
+@pytest.mark.parametrize("lanes", [2, 3, 5, 7])
+def test_lanes_divide_the_tasks_and_keep_their_fractions(lanes: int) -> None:
+    shares = {"a": 0.15, "b": 0.2, "c": 0.25, "d": 0.25, "e": 0.15}
+    schedule, steps = TaskSampler(shares, 3, lanes), 40 * BLOCK
+    found = [schedule.task_at(number) for number in range(steps * lanes)]
+    assert len(set(found)) == len(found), "no batch of a task occurs twice"
+    for name, count in schedule.count_steps(steps).items():
+        assert abs(count - shares[name] * steps * lanes) <= 2
+    for lane, tasks in enumerate(schedule.lanes):
+        assert {name for name, _ in found[lane::lanes]} == tasks
+    # Each cut between two lanes divides one task at most.
+    assert sum(map(len, schedule.lanes)) <= len(shares) + lanes - 1
+
+
+def test_equal_tasks_have_a_lane_each() -> None:
+    shares = dict.fromkeys("abcdefg", 1 / 7)
+    assert TaskSampler(shares, 0, 7).lanes == [{name} for name in "abcdefg"]
+
+
 def test_weights_explicit_and_by_temperature() -> None:
     rows = {"small": 100, "large": 10_000, "given": 5}
     shares = compute_task_weights(
