@@ -198,7 +198,7 @@ class TrainingConfig:
     """
 
     steps: PositiveCount = 2000
-    tasks_per_step: Annotated[int, Interval(ge=1, le=10_000)] = 1
+    tasks_per_step: Annotated[int, Interval(ge=1, le=10_000)] = fixed_field(1)
     lr: LearningRate = 1e-3
     warmup_fraction: UnitFraction = 0.05
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"

@@ -318,7 +318,7 @@ def _scan(words: list[str], cls: Any) -> tuple[list[str], list[tuple[str, Any]],
             check_keys(cls, nest_value(split_key(cls, key), None), COMMAND_LINE)
             raise UserError(f"command line: {key!r} has no keys of its own")
         if is_fixed(cls, key):
-            raise UserError(f"command line: --{key} is no option. A run sets it; remove it")
+            raise UserError(f"command line: --{key} is no option. A file sets it: --config FILE")
         if not equals:
             is_flag = without_none(hint) is bool
             if is_flag and (not queue or queue[0].lower() not in ("true", "false", "yes", "no")):
