@@ -348,9 +348,15 @@ def prefetch_batches(
     """
     count = len(dataloader.lanes)
     chosen = range(count) if lanes is None else lanes
-    numbers = [step * count + lane for step in range(start, stop) for lane in chosen]
+    total = (stop - start) * len(chosen)
+
+    def find_number(index: int) -> int:
+        step, place = divmod(index, len(chosen))
+        return (start + step) * count + chosen[place]
+
     batches = StepBatches(dataloader, rank, world, for_gpu)
     if processes:
+        numbers = map(find_number, range(total))
         loaded = _raise_errors(_open_processes(batches, numbers, processes, for_gpu))
         try:
             yield loaded
@@ -360,13 +366,13 @@ def prefetch_batches(
         return
 
     def load(index: int, grant: Callable[[int], None]) -> Batch | Exception:
-        batch = batches[numbers[index]]
+        batch = batches[find_number(index)]
         return batch.pin_memory() if for_gpu and isinstance(batch, Batch) else batch
 
     # One compute thread: the others belong to the model.
     use_one_thread = functools.partial(torch.set_num_threads, 1)
     ahead = OrderedPrefetcher(
-        len(numbers), load, streams=1, ahead=BATCHES_OF_THREAD, initializer=use_one_thread
+        total, load, streams=1, ahead=BATCHES_OF_THREAD, initializer=use_one_thread
     )
     try:
         yield _raise_errors(ahead)
@@ -375,7 +381,7 @@ def prefetch_batches(
 
 
 def _open_processes(
-    batches: "StepBatches", numbers: Sequence[int], processes: int, pin: bool
+    batches: "StepBatches", numbers: Iterator[int], processes: int, pin: bool
 ) -> "DataLoader[Batch | Exception]":
     # A fork would copy the locks of threads, and a process with a GPU must not fork. A server that
     # has imported torch forks the processes instead.
