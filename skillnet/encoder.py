@@ -555,7 +555,11 @@ class Encoder(nn.Module):
         # A GPU would wait for the number of real tokens, and a graph has one shape.
         if uses_gpu_kernels(mask_BT) or self.compiler or torch.compiler.is_compiling():
             return bias_B11T
-        packed = PackedRows.find(mask_BT.flatten().nonzero()[:, 0], bias_B11T)
+        places_N = mask_BT.flatten().nonzero()[:, 0]
+        # Such as those of a request alone: a bias of 0 changes no bit.
+        if len(places_N) == mask_BT.numel():
+            return None
+        packed = PackedRows.find(places_N, bias_B11T)
         is_shorter = len(packed.places_P) <= PACKED_SHARE * mask_BT.numel()
         return packed if is_shorter else bias_B11T
 

@@ -288,7 +288,7 @@ class TaskPredictor:
             texts: to tokenize.
             limit: maximum number of tokens.
         """
-        rows = text.encode_texts(self.tokenizer, list(texts), limit).to_pylist()
+        rows = text.tokenize_texts(self.tokenizer, texts, limit)
         # An encoder needs at least one token; id 1 is the unknown token (decision 24).
         return [np.array(row or [1], np.int32) for row in rows]
 

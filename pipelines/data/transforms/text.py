@@ -40,6 +40,14 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], limit: int) -> pa.ListArr
     Raises:
         ValueError: a text is no Unicode, or the tokenizer fails.
     """
+    ids = tokenize_texts(tokenizer, texts, limit)
+    ends = np.cumsum([0, *map(len, ids)], dtype=np.int32)
+    flat = np.fromiter(chain.from_iterable(ids), np.int32, count=int(ends[-1]))
+    return pa.ListArray.from_arrays(_wrap_int32(ends), _wrap_int32(flat))
+
+
+def tokenize_texts(tokenizer: Any, texts: Sequence[str], limit: int) -> list[list[int]]:
+    """Return the token ids of B texts; see :func:`encode_texts`."""
     # The time of a tokenizer grows with the text, although only the first tokens are kept.
     longest = max(limit * MAX_CHARACTERS_PER_TOKEN, MIN_CUT_CHARACTERS)
     texts = [each[:longest] for each in texts]
@@ -48,10 +56,8 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], limit: int) -> pa.ListArr
             check_unicode(each)
     # A tokenizer with patterns of its own does this in a child process.
     list_own = getattr(tokenizer, "encode_ids", partial(list_ids, tokenizer))
-    ids = list_own(texts, limit)
-    ends = np.cumsum([0, *map(len, ids)], dtype=np.int32)
-    flat = np.fromiter(chain.from_iterable(ids), np.int32, count=int(ends[-1]))
-    return pa.ListArray.from_arrays(_wrap_int32(ends), _wrap_int32(flat))
+    found: list[list[int]] = list_own(texts, limit)
+    return found
 
 
 def _wrap_int32(values: np.ndarray) -> pa.Array:
@@ -70,7 +76,8 @@ def list_ids(tokenizer: Any, texts: Sequence[str], limit: int) -> list[list[int]
     Raises:
         ValueError: the tokenizer fails.
     """
-    pattern = find_word_pattern(tokenizer)
+    # The words of one text, such as of a request, hardly repeat.
+    pattern = find_word_pattern(tokenizer) if len(texts) > 1 else None
     if pattern is None:
         return [row[:limit] for row in _list_all_ids(tokenizer, texts)]
     # Twice, because all words at once would take a hundred bytes each.
@@ -86,13 +93,18 @@ def _list_all_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     ids: list[list[int]] = []
     for start in range(0, len(texts), BATCH_TEXTS):
         batch = texts[start : start + BATCH_TEXTS]
-        ids += [row.ids for row in _run_tokenizer(lambda: tokenizer.encode_batch_fast(batch))]  # noqa: B023
+        ids += [row.ids for row in _run_tokenizer(lambda: _encode_rows(tokenizer, batch))]  # noqa: B023
     unknown, first = tokenizer.token_to_id("[UNK]"), tokenizer.token_to_id("<0x00>")
     if unknown is not None and first is not None:
         for index, row in enumerate(ids):
             if unknown in row:
                 ids[index] = _encode_unknown(tokenizer, texts[index], unknown, first)
     return ids
+
+
+def _encode_rows(tokenizer: Any, texts: Sequence[str]) -> list[Any]:
+    # For a batch the library wakes its threads, which costs more than a short text.
+    return [tokenizer.encode(texts[0])] if len(texts) == 1 else tokenizer.encode_batch_fast(texts)
 
 
 @lru_cache(maxsize=2)

@@ -186,3 +186,63 @@ def test_an_answer_of_many_parts_arrives_whole(service: Service) -> None:
     rows: list[Any] = [{"text": "a" * 30_000}] * 3
     status, body, _ = service.ask("/v1/predict", data=json.dumps({"rows": rows}).encode())
     assert (status, len(json.loads(body)["predictions"])) == (200, 3)
+
+
+@pytest.mark.parametrize("damaged", [b"no request\r\n\r\n", b"GET /health HTTP/1.1\r\n\r\n"])
+def test_an_answer_is_whole_although_damage_follows_its_request(
+    service: Service, damaged: bytes
+) -> None:
+    service.replica.held = {"127.0.0.1"}
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(service.send, post(body=BODY) + damaged + post(body=BODY))
+        wait_until(lambda: len(service.replica.asked) == 1, PATIENCE_S)
+        service.replica.held = set()
+        head, _, body = found.result().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 ")
+    assert len(json.loads(body)["predictions"]) == 1
+    assert len(service.replica.asked) == 1
+
+
+def test_requests_that_wait_are_parsed_one_after_the_other(service: Service) -> None:
+    service.replica.held = {"127.0.0.1"}
+    bodies = [json.dumps({"rows": [{"text": "a" * 40_000}], "top": 1 + n}) for n in range(4)]
+    with ThreadPoolExecutor(1) as pool:
+        last = post(body=bodies[3].encode(), more="Connection: close\r\n")
+        sent = b"".join(post(body=each.encode()) for each in bodies[:3]) + last
+        found = pool.submit(service.send, sent)
+        wait_until(lambda: len(service.replica.asked) == 1, PATIENCE_S)
+        assert service.ask("/health")[0] == 200
+        assert len(service.replica.asked) == 1
+        service.replica.held = set()
+        assert found.result().count(b"HTTP/1.1 200 ") == 4
+    assert [each.top for each in service.replica.asked] == [1, 2, 3, 4]
+
+
+def test_all_requests_of_a_connection_end_with_it(service: Service) -> None:
+    service.replica.held = {"127.0.0.1"}
+    sent = service.connect(post(body=BODY) * 3)
+    wait_until(lambda: len(service.replica.asked) == 1, PATIENCE_S)
+    sent.close()
+    wait_until(lambda: len(service.replica.cancelled) == 1, PATIENCE_S)
+    service.replica.held = set()
+    assert service.ask("/v1/predict", data=BODY)[0] == 200
+    assert len(service.replica.asked) == 2
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /health HTTP/2.0\r\nHost: a",
+        b"GET /health HTTP/0.9\r\nHost: a",
+        b"CONNECT a:1 HTTP/1.1\r\nHost: a:1",
+        b"GET /health HTTP/1.1\r\nHost : a",
+        b"GET /health HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 2",
+        b"GET /health HTTP/1.1\r\nHost: a\r\nContent-Length: -1",
+        b"GET /health HTTP/1.1\r\nHost: a\r\nX: a\x00b",
+        b"GET /\xff HTTP/1.1\r\nHost: a",
+    ],
+)
+def test_what_two_servers_could_read_in_two_ways_is_refused(service: Service, head: bytes) -> None:
+    found = service.send(head + b"\r\n\r\n")
+    assert found.startswith(b"HTTP/1.1 400 ")
+    assert "error" in json.loads(found.partition(b"\r\n\r\n")[2])

@@ -103,6 +103,15 @@ def test_layers_see_the_real_tokens_and_few_copies(monkeypatch: pytest.MonkeyPat
     assert seen == [(20, 8), (5, 12, 8), (5, 12, 8)], "18 of 60 tokens are real"
 
 
+@pytest.mark.parametrize("system", BUILDERS)
+def test_rows_without_padding_give_the_bits_of_rows_without_a_mask(system: str) -> None:
+    encoder, (x_BTD, _) = build(system).eval(), rows_of((12, 12))
+    for dtype in (torch.float64, torch.bfloat16):
+        encoder, x_BTD = encoder.to(dtype), x_BTD.to(dtype)
+        found = encoder(x_BTD, SKILLS, torch.ones(2, 12, dtype=torch.bool))
+        assert torch.equal(found, encoder(x_BTD, SKILLS))
+
+
 def test_experts_do_not_count_the_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder, (x_BTD, mask_BT) = build("experts"), rows_of(LENGTHS["captions"])
     layer = encoder.layers[0]

@@ -1,6 +1,6 @@
 """Who is let into ``skillnet serve``, and how much of it: tokens, hosts, shares and connections.
 
-    socket ──> :class:`GuardedConnection` (uvicorn, h11) ──> application of ASGI
+    socket ──> :class:`GuardedConnection` (uvicorn, httptools) ──> application of ASGI
 
 :mod:`.http_server` compares the token, parses the host that a client asked for
 (:func:`parse_authority`), and refuses requests of other sites' pages
@@ -29,14 +29,13 @@ import stat
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import h11
 import uvicorn
 from starlette.datastructures import Headers
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from skillnet_platform.cluster import loopback
 from skillnet_platform.errors import UserError
@@ -63,8 +62,14 @@ MAX_HEAD_BYTES, HEAD_PART_BYTES = 16 * 2**10, 4 * 2**10
 KEEP_ALIVE_S = 5
 #: Seconds that requests in progress get at the end of the server.
 SHUTDOWN_S = 10
-#: Key of a request's state: it is authorized and counted, and its connection stays.
-ADMITTED = "admitted"
+#: Key of a request's state: the :class:`RunningRequest` of its connection.
+RUNNING = "running"
+#: Status and reason of a request that the parser or :class:`GuardedConnection` refuses.
+REFUSALS = {
+    400: "this is no request of HTTP/1.1; check line ends, names and Host",
+    411: "Content-Length: send the length of the body instead of chunks",
+    431: f"the request line and the headers are longer than {MAX_HEAD_BYTES} bytes",
+}
 
 
 # -- token, host and page ---------------------------------------------------------------------
@@ -158,6 +163,7 @@ class RequestAuthority:
     is_loopback: bool
 
 
+@lru_cache(maxsize=64)
 def parse_authority(text: str) -> RequestAuthority | None:
     """Return the host of a ``Host`` header; None if it is anything but a host and a port.
 
@@ -303,6 +309,7 @@ class FairShare:
         return True
 
 
+@lru_cache(maxsize=1024)
 def identify_client(host: str) -> str:
     """Return the name under which an address shares: itself, or its network in IPv6.
 
@@ -371,36 +378,26 @@ class ConnectionTable:
         ended.transport.abort()
 
 
-class LengthConnection(h11.Connection):
-    """Parser of requests whose bodies have a declared length.
+@dataclass
+class RunningRequest:
+    """Request that a connection answers now; the others of the connection wait.
 
-    The cost of a body in chunks grows with their number, which only the parser sees.
+    Args:
+        task: that answers it, or None.
+        is_admitted: whether it has the token and is counted.
+        is_lost: whether the client has left.
     """
 
-    #: Status of the error that the parser raised.
-    status = 400
-
-    def next_event(self) -> Any:
-        """Return the next part of a request; see h11.
-
-        Raises:
-            RemoteProtocolError: it is no request, its head is too long, or its body has chunks.
-        """
-        try:
-            event = super().next_event()
-            if isinstance(event, h11.Request) and b"transfer-encoding" in dict(event.headers):
-                raise h11.RemoteProtocolError("chunked body", error_status_hint=411)
-        except h11.RemoteProtocolError as error:
-            self.status = error.error_status_hint
-            raise
-        return event
+    task: "asyncio.Task[Any] | None" = None
+    is_admitted: bool = False
+    is_lost: bool = False
 
 
-class GuardedConnection(H11Protocol):
+class GuardedConnection(HttpToolsProtocol):
     """Connection of uvicorn with deadlines.
 
     One timer covers each stage: the head of a request, the request with its answer, and the
-    taking of the answer. The connection ends with the timer.
+    taking of the answer. The connection ends with the timer, and a request with its connection.
 
     Args:
         table: register of the server's open connections.
@@ -409,17 +406,20 @@ class GuardedConnection(H11Protocol):
 
     def __init__(self, table: ConnectionTable, **options: Any) -> None:
         super().__init__(**options)
-        self._parser = LengthConnection(h11.SERVER, MAX_HEAD_BYTES)
-        self.conn = self._parser
         self._table, self._limits = table, table.limits
         self._timer: asyncio.TimerHandle | None = None
+        self._running = RunningRequest()
+        self.app_state = {**self.app_state, RUNNING: self._running}
+        #: Bytes that are not parsed yet, and status of the refusal that ends the connection.
+        self._unread, self._refusal = b"", 0
+        #: Heads that were parsed, whether another one is expected, and its bytes so far.
+        self._heads, self._is_head, self._head_bytes = 0, True, 0
         self.peer = ""
 
     @property
     def has_admitted_request(self) -> bool:
         """Whether a request with its token is in progress."""
-        is_busy = self.cycle is not None and not self.cycle.response_complete
-        return is_busy and ADMITTED in self.scope["state"]
+        return self._running.is_admitted
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for the head of a request."""
@@ -429,22 +429,55 @@ class GuardedConnection(H11Protocol):
         self._table.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection."""
+        """Forget the connection, and cancel its request."""
         self._stop_timer()
         self._table.remove(self)
         super().connection_lost(exc)
+        self._running.is_lost = True
+        if self._running.task is not None:
+            self._running.task.cancel()
 
     def data_received(self, data: bytes) -> None:
-        """Parse what the client sent."""
-        # The parser compares only an unfinished head with its limit, so it gets small parts.
-        while data and not self.transport.is_closing():
-            is_head = self.conn.their_state is h11.IDLE
-            part, data = (
-                (data[:HEAD_PART_BYTES], data[HEAD_PART_BYTES:]) if is_head else (data, b"")
-            )
-            before = self.cycle
+        """Parse what the client sent, up to a request that must wait for the answer to another."""
+        self._unread += data
+        while self._unread and not (self.pipeline or self._refusal or self.transport.is_closing()):
+            # The parser has no limit for a head, so it gets small parts.
+            size = HEAD_PART_BYTES if self._is_head else len(self._unread)
+            part, self._unread = self._unread[:size], self._unread[size:]
+            before, heads, is_head = self.cycle, self._heads, self._is_head
             super().data_received(part)
+            self._head_bytes += len(part) if is_head and heads == self._heads else 0
+            if self._head_bytes > MAX_HEAD_BYTES and not self._refusal:
+                self._refusal = 431
+                self.send_400_response("")
             self._note_request(before)
+
+    def on_headers_complete(self) -> None:
+        """Begin a request.
+
+        Raises:
+            ValueError: its body has chunks, whose cost grows with their number, or it names no
+                host, or a second one in its target.
+        """
+        self._heads, self._is_head, self._head_bytes = self._heads + 1, False, 0
+        names = [name for name, _ in self.headers]
+        version = self.parser.get_http_version()
+        if b"transfer-encoding" in names:
+            self._refusal = 411
+        elif version not in ("1.0", "1.1") or (version == "1.1" and b"host" not in names):
+            self._refusal = 400
+        elif not self.url.startswith(b"/"):
+            # A whole URL has a host of its own, whose path the parser would take.
+            self._refusal = 400
+        if self._refusal:
+            # The parser stops, and uvicorn calls :meth:`send_400_response`.
+            raise ValueError(REFUSALS[self._refusal])
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """Expect another head."""
+        self._is_head = True
+        super().on_message_complete()
 
     def on_response_complete(self) -> None:
         """Begin to wait for the next request, or for the client to take its answer."""
@@ -453,6 +486,7 @@ class GuardedConnection(H11Protocol):
         before = self.cycle
         super().on_response_complete()
         self._note_request(before)
+        self.data_received(b"")
 
     def pause_writing(self) -> None:
         """Begin to wait for a client that does not take its answer."""
@@ -461,22 +495,18 @@ class GuardedConnection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer something that is no acceptable request, and close the connection."""
-        status = self._parser.status
-        reason = {
-            411: "Content-Length: send the length of the body instead of chunks",
-            431: f"the request line and the headers are longer than {MAX_HEAD_BYTES} bytes",
-        }.get(status, "this is no request of HTTP/1.1; check line ends, names and Host")
-        body = json.dumps({"error": reason}).encode()
-        head = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
-        answer = h11.Response(
-            status_code=status,
-            headers=[*head, ("Connection", "close")],
-            reason=http.HTTPStatus(status).phrase.encode(),
+        self._refusal = self._refusal or 400
+        if self.cycle is not None and not self.cycle.response_complete:
+            # An answer may have begun. It comes whole, and ends the connection.
+            self.cycle.keep_alive = False
+            return
+        body = json.dumps({"error": REFUSALS[self._refusal]}).encode()
+        head = (
+            f"HTTP/1.1 {self._refusal} {http.HTTPStatus(self._refusal).phrase}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+            "Connection: close\r\n\r\n"
         )
-        # An answer may have begun before.
-        with contextlib.suppress(h11.LocalProtocolError):
-            for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
-                self.transport.write(self.conn.send(event) or b"")
+        self.transport.write(head.encode() + body)
         self.transport.close()
         self._limit_time(self._limits.taking_s)
 

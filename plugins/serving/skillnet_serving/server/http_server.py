@@ -35,8 +35,9 @@ from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.storage import human_bytes
 from skillnet_serving.retrieval.search_page import render_search_page
 from skillnet_serving.server.admission import (
-    ADMITTED,
+    RUNNING,
     FairShare,
+    RunningRequest,
     describe_foreign_page,
     identify_client,
     is_authorized,
@@ -77,12 +78,12 @@ CLIENT_LEFT = 499
 RETRY_HEADERS, RETRY_REMEDY = {"Retry-After": str(RETRY_AFTER_S)}, "send the request again"
 #: Headers of every answer. A page of another site can neither frame it nor read its query. With
 #: no-referrer, browsers would hide the origin of the page's own forms.
-HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "same-origin",
-    "Cache-Control": "no-store",
-}
+HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"same-origin"),
+    (b"cache-control", b"no-store"),
+]
 
 
 Parsed = TypeVar("Parsed")
@@ -156,7 +157,7 @@ class ModelGateway:
 
         With the token, the answer has the state of the model and of its indexes.
         """
-        if not request.scope.get("state", {}).get(AUTHORIZED):
+        if not request.scope["state"].get(AUTHORIZED):
             return JSONResponse({"status": "ok"})
         about = await self._read_about()
         return JSONResponse({"status": "ok", **{key: about[key] for key in HEALTH_KEYS}})
@@ -356,23 +357,29 @@ class RequestGuard:
         exchange = RequestExchange(scope, receive, send)
         # Unknown paths share a label: clients must not create series without bound.
         path = scope["path"] if scope["path"] in self._paths else "other"
+        running: RunningRequest = scope["state"][RUNNING]
         with self._metrics.seconds.labels(path).time():
             active = self._metrics.active.track_inprogress()
-            with active, self._admit(exchange.request) as refused:
-                if refused is not None:
-                    await refused(scope, exchange.receive, exchange.send)
-                else:
-                    await exchange.run(self._application)
-            await exchange.finish()
+            with active, self._admit(exchange.request, running) as refused:
+                running.task = asyncio.current_task()
+                try:
+                    await exchange.run(refused or self._application)
+                    await exchange.finish()
+                except asyncio.CancelledError:
+                    if not running.is_lost:
+                        raise
+                    exchange.status = CLIENT_LEFT
+                finally:
+                    running.task = None
         self._metrics.requests.labels(path, str(exchange.status)).inc()
 
     @contextlib.contextmanager
-    def _admit(self, request: Request) -> Iterator[Response | None]:
+    def _admit(self, request: Request, running: RunningRequest) -> Iterator[Response | None]:
         """Count a request during a block, and return the answer to one that no handler may see."""
         refused = self._refuse(request)
         if refused is not None or request.scope["path"] == "/health":
             given = request.headers.get("authorization")
-            request.scope.setdefault("state", {})[AUTHORIZED] = is_authorized(self._token, given)
+            request.scope["state"][AUTHORIZED] = is_authorized(self._token, given)
             yield refused
             return
         client = _client_of(request)
@@ -380,10 +387,11 @@ class RequestGuard:
             error = OverloadError("too many requests are in progress")
             yield build_error(*_describe_error(error))
             return
-        request.scope.setdefault("state", {})[ADMITTED] = True
+        running.is_admitted = True
         try:
             yield None
         finally:
+            running.is_admitted = False
             self._admitted.give_back(client)
 
     def _refuse(self, request: Request) -> Response | None:
@@ -420,72 +428,49 @@ class RequestExchange:
         self.request = Request(scope, receive)
         self.status = 500
         self._is_answered = False
-        self._body_ended = asyncio.Event()
-        if not _declared_length(self.request):
-            self._body_ended.set()
+        self._has_body_ended = not _declared_length(self.request)
 
     async def run(self, application: Callable[..., Awaitable[None]]) -> None:
-        """Run the application until it has answered or the client is gone.
+        """Run an application until it has answered.
 
         Args:
-            application: with the routes.
+            application: with the routes, or an answer.
         """
-
-        async def answer() -> None:
-            # Starlette raises an unexpected error again after its handler has answered.
-            with contextlib.suppress(Exception):
-                await application(self._scope, self.receive, self.send)
-
-        tasks = [asyncio.create_task(each) for each in (answer(), self._wait_until_gone())]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if self._is_answered:
-                await tasks[0]
-            elif not tasks[0].done():
-                self.status = CLIENT_LEFT
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        # Starlette raises an unexpected error again after its handler has answered.
+        with contextlib.suppress(Exception):
+            await application(self._scope, self.receive, self.send)
 
     async def receive(self) -> Any:
         """Return the next message of the client."""
-        # The next one would be its end, for which :meth:`run` waits.
-        if self._body_ended.is_set():
+        # The next one would be its end, with which the connection cancels the request.
+        if self._has_body_ended:
             return {"type": "http.request", "body": b"", "more_body": False}
         message = await self._receive()
-        if not message.get("more_body"):
-            self._body_ended.set()
+        self._has_body_ended = not message.get("more_body")
         return message
 
     async def send(self, message: Any) -> None:
         """Send a part of the answer, with the headers of every answer."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            own = HEADERS if self._body_ended.is_set() else {**HEADERS, "Connection": "close"}
-            added = [(name.lower().encode(), value.encode()) for name, value in own.items()]
+            added = HEADERS if self._has_body_ended else [*HEADERS, (b"connection", b"close")]
             message = {**message, "headers": [*message.get("headers", ()), *added]}
         elif not message.get("more_body"):
             self._is_answered = True
             # :meth:`finish` ends the answer.
-            message = {**message, "more_body": not self._body_ended.is_set()}
+            message = {**message, "more_body": not self._has_body_ended}
         await self._send(message)
 
     async def finish(self) -> None:
         """Read a rejected body for a moment: an answer is lost if its client is still sending."""
-        if not self._is_answered or self._body_ended.is_set():
+        if not self._is_answered or self._has_body_ended:
             return
         size, is_sent = 0, "expect" not in self.request.headers
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DISCARD_PATIENCE_S):
-                while is_sent and not self._body_ended.is_set() and size < MAX_DISCARDED_BYTES:
+                while is_sent and not self._has_body_ended and size < MAX_DISCARDED_BYTES:
                     size += len((await self.receive()).get("body", b""))
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _wait_until_gone(self) -> None:
-        await self._body_ended.wait()
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
 
 
 def build_application(
@@ -518,12 +503,13 @@ def build_routes(gateway: ModelGateway) -> list[Route]:
         gateway: with the handlers.
     """
     return [
+        # The first one that fits answers, and most requests are for this one.
+        Route("/v1/predict", gateway.predict, methods=["POST"]),
         Route("/", gateway.go_to_search),
         Route("/search", gateway.show_search, methods=["GET", "POST"]),
         Route("/health", gateway.health),
         Route("/metrics", gateway.show_metrics),
         Route("/v1/tasks", gateway.list_tasks),
-        Route("/v1/predict", gateway.predict, methods=["POST"]),
         Route("/v1/search", gateway.search, methods=["POST"]),
     ]
 

@@ -39,7 +39,7 @@ MAX_JOINED_INPUTS = 64
 #: Name under which the joined requests take turns at the model.
 JOINED = "joined requests"
 #: CPU seconds of the last pass up to which the next one runs in the thread of the event loop.
-SHORT_PASS_S = 0.005
+SHORT_PASS_S = 0.01
 #: Rows of a short request, which is read in the event loop, and of short requests in a pass there.
 MAX_SHORT_ROWS = 16
 #: Seconds between two looks at the folder of the model.

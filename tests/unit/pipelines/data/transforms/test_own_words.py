@@ -37,6 +37,7 @@ def test_words_apart_give_the_ids_of_the_whole_text(terms: list[str]) -> None:
     expected = [ids[:24] for ids in text._list_all_ids(own, texts)]
     assert find_word_pattern(own) is not None
     assert text.list_ids(own, texts, 24) == expected
+    assert [text.list_ids(own, [each], 24)[0] for each in texts[:300]] == expected[:300]
 
 
 def test_equal_words_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
