@@ -218,6 +218,18 @@ def test_requests_that_wait_are_parsed_one_after_the_other(service: Service) -> 
     assert [each.top for each in service.replica.asked] == [1, 2, 3, 4]
 
 
+def test_a_client_cannot_send_on_while_its_requests_wait(service: Service) -> None:
+    service.replica.held = {"127.0.0.1"}
+    with service.connect(post(body=BODY) * 2) as connection:
+        wait_until(lambda: len(service.replica.asked) == 1, PATIENCE_S)
+        connection.settimeout(2)
+        sent = 0
+        with pytest.raises(TimeoutError):
+            while sent < 200 * 2**20:
+                sent += connection.send(b"a" * 2**16)
+    service.replica.held = set()
+
+
 def test_all_requests_of_a_connection_end_with_it(service: Service) -> None:
     service.replica.held = {"127.0.0.1"}
     sent = service.connect(post(body=BODY) * 3)

@@ -451,6 +451,9 @@ class GuardedConnection(HttpToolsProtocol):
                 self._refusal = 431
                 self.send_400_response("")
             self._note_request(before)
+        # A request that reads its body lets more come than the one that waits may keep.
+        if self._unread and not self.transport.is_closing():
+            self.flow.pause_reading()
 
     def on_headers_complete(self) -> None:
         """Begin a request.

@@ -359,18 +359,18 @@ class RequestGuard:
         path = scope["path"] if scope["path"] in self._paths else "other"
         running: RunningRequest = scope["state"][RUNNING]
         with self._metrics.seconds.labels(path).time():
-            active = self._metrics.active.track_inprogress()
-            with active, self._admit(exchange.request, running) as refused:
-                running.task = asyncio.current_task()
-                try:
+            running.task = asyncio.current_task()
+            try:
+                active = self._metrics.active.track_inprogress()
+                with active, self._admit(exchange.request, running) as refused:
                     await exchange.run(refused or self._application)
-                    await exchange.finish()
-                except asyncio.CancelledError:
-                    if not running.is_lost:
-                        raise
-                    exchange.status = CLIENT_LEFT
-                finally:
-                    running.task = None
+                await exchange.finish()
+            except asyncio.CancelledError:
+                if not running.is_lost:
+                    raise
+                exchange.status = CLIENT_LEFT
+            finally:
+                running.task = None
         self._metrics.requests.labels(path, str(exchange.status)).inc()
 
     @contextlib.contextmanager
