@@ -102,7 +102,11 @@ def find_empty_entries(root: Path, files: list[str]) -> Iterator[str]:
     for path in files:
         if not path.endswith(".py"):
             continue
-        for node in ast.walk(ast.parse((root / path).read_text(encoding="utf-8"))):
+        source = (root / path).read_text(encoding="utf-8")
+        # Most tests have none.
+        if not re.search(r"(?:Args|Attributes):\n", source):
+            continue
+        for node in ast.walk(ast.parse(source)):
             if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
                 continue
             text = ast.get_docstring(node) or ""

@@ -58,6 +58,9 @@ def find_banned_words(root: Path, files: list[str]) -> Iterator[str]:
         if name.startswith(EXCLUDED):
             continue
         text = (root / name).read_text(encoding="utf-8")
+        # One search of a whole file takes a third of the time of one per line.
+        if not _PATTERN.search(_NAME_BORDER.sub(" ", text)):
+            continue
         for number, line in enumerate(text.splitlines(), 1):
             if any(text in line for text in DIGESTED_TEXTS):
                 continue
