@@ -97,6 +97,7 @@ class RayHosts:
             "GLOO_SOCKET_IFNAME": "eth0",
             "RAY_AUTH_MODE": "disabled",
             "RAY_worker_niceness": "0",
+            "RAY_prestart_worker_first_driver": "0",
             **self._environment,
             **environment,
         }

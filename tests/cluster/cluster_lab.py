@@ -153,8 +153,10 @@ def _host_script(name: str, folder: Path, shared: Path | None) -> str:
         if shared is None:
             lines += [f"mount -t tmpfs -o ro none {path}" for path in _own_package("*.dist-info")]
             lines += [f"mount --bind /dev/null {path}" for path in _own_package("*.pth")]
-        # Ray lowers its priority below all other processes that share the cores.
-        lines += [f"echo 'export RAY_worker_niceness=0' >{HOST_HOME}/.bashrc"]
+        # Ray lowers its priority below all other processes that share the cores, and starts a
+        # process per core for a job's driver, which needs another environment than the job's.
+        settings = "RAY_worker_niceness=0 RAY_prestart_worker_first_driver=0"
+        lines += [f"echo 'export {settings}' >{HOST_HOME}/.bashrc"]
         lines += ["mkdir /run/sshd", f"$(command -v sshd) -f {folder}/sshd_config"]
     return "\n".join(lines)
 
