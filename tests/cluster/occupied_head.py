@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 
-from tests.cluster.cluster_lab import Host
+from tests.cluster.cluster_lab import HOST_HOME, Host
 from tests.helpers.waiting import wait_until
 
 JOB = "occupied-head"
@@ -28,11 +28,16 @@ def occupied_head(client: Host, seconds: float) -> Iterator[None]:
         *("--", "sleep", "infinity"),
     )
 
-    def read_status() -> str:
-        return client.run("ray", "job", "status", JOB).stdout
+    token = client.run("cat", f"{HOST_HOME}/.ray/auth_token").stdout.strip()
+    job = f"{client.environment['RAY_ADDRESS']}/api/jobs/{JOB}"
+    # Each `ray job status` would import Ray.
+    ask = ("curl", "-sS", "-H", f"Authorization: Bearer {token}")
 
-    wait_until(lambda: "running" in read_status().lower(), seconds, read_status, pause=1)
+    def read_status() -> str:
+        return client.run(*ask, job).stdout
+
+    wait_until(lambda: "RUNNING" in read_status(), seconds, read_status, pause=0.5)
     try:
         yield
     finally:
-        client.run("ray", "job", "stop", JOB)
+        client.run(*ask, "-X", "POST", f"{job}/stop")
