@@ -17,6 +17,8 @@ from hypothesis import HealthCheck, settings
 gc.disable()
 # Before torch is imported: small tests on few cores lose time with more threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Each further process of a tracker loads MLflow for seconds.
+os.environ.setdefault("MLFLOW_WORKERS", "1")
 for name in ("COLUMNS", "MLFLOW_TRACKING_URI", "RAY_ADDRESS", "SKILLNET_DEBUG"):
     os.environ.pop(name, None)
 

@@ -53,7 +53,7 @@ def served(*words: str, home: Path) -> Iterator[str]:
     log = (home / "tracker.log").open("w")
     process = start_python(
         *("-m", "skillnet_cluster.tracker", "--port", port, *words),
-        variables={"SKILLNET_HOME": str(home), "MLFLOW_WORKERS": "1"},
+        variables={"SKILLNET_HOME": str(home)},
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
