@@ -33,7 +33,7 @@ test: $(VENV)/.installed-dev  ## run the tests, without long ones and slow ones
 	$(TESTS) -m "not cluster and not bare and not slow and not long" $(PYTEST_ARGS)
 
 test-long: $(VENV)/.installed-dev  ## run the tests that take half a minute or more: kills, outages, the tutorial
-	$(TESTS) -m "long and not slow" $(PYTEST_ARGS)
+	$(TESTS) -m "long and not slow" $$(grep -rl --include='test_*.py' 'mark\.long' tests plugins) $(PYTEST_ARGS)
 
 test-all: $(VENV)/.installed-dev  ## run all tests that need no nodes, with the slow ones
 	$(TESTS) $(PYTEST_ARGS)
