@@ -551,17 +551,17 @@ class Encoder(nn.Module):
         # Padding may lie between tokens, as that of a text with "[PAD]". Answers must be exact.
         if self.training and takes_lengths(x_BTD, self._head_width):
             return RaggedRows.find(mask_BT)
-        bias_B11T = padding_bias(mask_BT, compute_dtype(x_BTD))
+        dtype = compute_dtype(x_BTD)
         # A GPU would wait for the number of real tokens, and a graph has one shape.
         if uses_gpu_kernels(mask_BT) or self.compiler or torch.compiler.is_compiling():
-            return bias_B11T
+            return padding_bias(mask_BT, dtype)
         places_N = mask_BT.flatten().nonzero()[:, 0]
         # Such as those of a request alone: a bias of 0 changes no bit.
         if len(places_N) == mask_BT.numel():
             return None
-        packed = PackedRows.find(places_N, bias_B11T)
+        packed = PackedRows.find(places_N, padding_bias(mask_BT, dtype))
         is_shorter = len(packed.places_P) <= PACKED_SHARE * mask_BT.numel()
-        return packed if is_shorter else bias_B11T
+        return packed if is_shorter else packed.bias_B11T
 
 
 class WrappedEncoder(nn.Module):

@@ -93,7 +93,7 @@ def _list_all_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     ids: list[list[int]] = []
     for start in range(0, len(texts), BATCH_TEXTS):
         batch = texts[start : start + BATCH_TEXTS]
-        ids += [row.ids for row in _run_tokenizer(lambda: _encode_rows(tokenizer, batch))]  # noqa: B023
+        ids += [row.ids for row in _run_tokenizer(partial(_encode_rows, tokenizer, batch))]
     unknown, first = tokenizer.token_to_id("[UNK]"), tokenizer.token_to_id("<0x00>")
     if unknown is not None and first is not None:
         for index, row in enumerate(ids):

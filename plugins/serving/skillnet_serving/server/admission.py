@@ -412,8 +412,8 @@ class GuardedConnection(HttpToolsProtocol):
         self.app_state = {**self.app_state, RUNNING: self._running}
         #: Bytes that are not parsed yet, and status of the refusal that ends the connection.
         self._unread, self._refusal = b"", 0
-        #: Heads that were parsed, whether another one is expected, and its bytes so far.
-        self._heads, self._is_head, self._head_bytes = 0, True, 0
+        #: Whether the head of a request is expected, and its bytes so far.
+        self._is_head, self._head_bytes = True, 0
         self.peer = ""
 
     @property
@@ -444,9 +444,10 @@ class GuardedConnection(HttpToolsProtocol):
             # The parser has no limit for a head, so it gets small parts.
             size = HEAD_PART_BYTES if self._is_head else len(self._unread)
             part, self._unread = self._unread[:size], self._unread[size:]
-            before, heads, is_head = self.cycle, self._heads, self._is_head
+            before = self.cycle
+            if self._is_head:
+                self._head_bytes += len(part)
             super().data_received(part)
-            self._head_bytes += len(part) if is_head and heads == self._heads else 0
             if self._head_bytes > MAX_HEAD_BYTES and not self._refusal:
                 self._refusal = 431
                 self.send_400_response("")
@@ -462,15 +463,14 @@ class GuardedConnection(HttpToolsProtocol):
             ValueError: its body has chunks, whose cost grows with their number, or it names no
                 host, or a second one in its target.
         """
-        self._heads, self._is_head, self._head_bytes = self._heads + 1, False, 0
+        self._is_head, self._head_bytes = False, 0
         names = [name for name, _ in self.headers]
         version = self.parser.get_http_version()
+        has_host = version == "1.0" or (version == "1.1" and b"host" in names)
         if b"transfer-encoding" in names:
             self._refusal = 411
-        elif version not in ("1.0", "1.1") or (version == "1.1" and b"host" not in names):
-            self._refusal = 400
-        elif not self.url.startswith(b"/"):
-            # A whole URL has a host of its own, whose path the parser would take.
+        # A whole URL has a host of its own, and the parser would take its path.
+        elif not has_host or not self.url.startswith(b"/"):
             self._refusal = 400
         if self._refusal:
             # The parser stops, and uvicorn calls :meth:`send_400_response`.

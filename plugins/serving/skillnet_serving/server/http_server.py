@@ -398,8 +398,8 @@ class RequestGuard:
         """Return the answer to a request that comes from the wrong place or has no token."""
         path, hosts = request.scope["path"], request.headers.getlist("host")
         authority = parse_authority(hosts[0]) if len(hosts) == 1 else None
-        if not path.startswith("/") or (authority is None and hosts):
-            return build_error(400, "Host: send a path, and one host with an optional port")
+        if authority is None and hosts:
+            return build_error(400, "Host: send one host with an optional port")
         # A page of another site can resolve its own name to loopback, and then read answers.
         if self._token is None and (authority is None or not authority.is_loopback):
             return build_error(403, "Host: this server answers requests to localhost only")
