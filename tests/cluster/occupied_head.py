@@ -40,4 +40,4 @@ def occupied_head(client: Host, seconds: float) -> Iterator[None]:
     try:
         yield
     finally:
-        client.run(*ask, "-X", "POST", f"{job}/stop")
+        client.run("ray", "job", "stop", JOB)

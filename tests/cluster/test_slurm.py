@@ -3,6 +3,7 @@
 What is true here and not under SLURM: no scheduler sends the notice, and nobody queues a job again.
 """
 
+import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,23 +66,29 @@ def hosts(folder: Path) -> Iterator[dict[str, Host]]:
         yield made
 
 
-def test_a_notice_leaves_a_checkpoint_and_queues_the_job_again(
-    hosts: dict[str, Host], folder: Path
-) -> None:
-    """The next start is the same command, which resumes as any run does (test_faults)."""
-    shared, head, log = folder / "shared", hosts["head"], folder / "log"
-    run = shared / "spread"
+def start_job(head: Host, shared: Path, log: Path) -> "subprocess.Popen[str]":
     words = ("bash", str(SCRIPT), "finetune", "--config", f"{shared}/run.yaml")
     with log.open("w") as said:
-        job = head.start("env", f"--chdir={ROOT}", *words, stdout=said, stderr=subprocess.STDOUT)
+        return head.start("env", f"--chdir={ROOT}", *words, stdout=said, stderr=subprocess.STDOUT)
+
+
+def test_a_notice_leaves_a_checkpoint_and_the_next_start_ends_the_run(
+    hosts: dict[str, Host], folder: Path
+) -> None:
+    shared, head, log = folder / "shared", hosts["head"], folder / "log"
+    run = shared / "spread"
+    job = start_job(head, shared, log)
     wait_until(lambda: "training: " in log.read_text(), LATE_S, log.read_text)
     # As `--signal=B:TERM@180`: the shell of the job alone is notified.
     head.run("pkill", "-TERM", "-f", f"^bash {SCRIPT}")
     assert job.wait(LATE_S) == 143, log.read_text()
     assert (shared / "requeued").read_text() == "requeue 17\n"
     assert not (run / "model").exists()
-    (checkpoint,) = (run / "checkpoints").glob("step-*")
-    assert 0 < int(checkpoint.name.removeprefix("step-")) < STEPS
+    again = start_job(head, shared, log)
+    assert again.wait(LATE_S) == 0, log.read_text()
+    trained = json.loads((run / "trained.json").read_text())
+    assert (trained["world"], trained["step"]) == (2, STEPS)
+    assert 0 < trained["resumed"] < STEPS
     for name in ("head", "worker"):
         logs = "ls /tmp/skillnet-0/ray/session_latest/logs/train"
         assert "-worker-" in hosts[name].run("bash", "-c", logs).stdout, name

@@ -335,14 +335,14 @@ def test_training_on_two_hosts(hosts: dict[str, Host]) -> None:
 
 def test_a_sweep_continues_without_the_client(hosts: dict[str, Host]) -> None:
     client = hosts["client"]
-    # A trial that takes all cores of a host.
+    # Two trials, each of which takes all cores of a host.
     config = small_config(Path(), steps=4, workers=1)
     config.data, config.tracking.register = CORPORA, False
     body = {
         "name": "sweep",
         "run_dir": RUNS,
         "run": configuration.to_dict(config) | {"name": None},
-        "space": {"training.lr": {"choice": [0.001]}},
+        "space": {"training.lr": {"choice": [0.001, 0.003]}},
         "resources": {"cpus": len(os.sched_getaffinity(0))},
     }
     path = give(client, hosts["head"], "sweep.yaml", body)
@@ -363,10 +363,11 @@ def test_a_sweep_continues_without_the_client(hosts: dict[str, Host]) -> None:
     assert done["job_id"] == job
     assert (done["status"], done["exit_code"]) == ("SUCCEEDED", 0), done["log"]
     result = json.loads(stored(client, "runs/sweep/result.json"))
-    assert result["counts"]["finished"] == 1
+    assert result["counts"]["finished"] == 2
     ran = hosts["worker"].run("ls", f"{HOME}/sweep/trials").stdout.split()
-    assert len(ran) == 1, "the trial ran on the host that is not the driver's"
-    assert stored(client, f"runs/sweep/trials/{ran[0]}/reports.jsonl")
+    assert len(ran) == 2, "the trials ran on the host that is not the driver's"
+    for each in ran:
+        assert stored(client, f"runs/sweep/trials/{each}/reports.jsonl")
 
 
 def test_the_pages_of_the_runs_through_a_tunnel(hosts: dict[str, Host], cluster: str) -> None:
@@ -387,7 +388,7 @@ def test_the_pages_of_the_runs_through_a_tunnel(hosts: dict[str, Host], cluster:
     kind = ("-H", "Content-Type: application/json", "-d", asked)
     runs = json.loads(until_it_answers(client, f"{api}/runs/search", *kind))["runs"]
     ended = {run["info"]["run_name"]: run["info"]["status"] for run in runs}
-    names = ("two-hosts", "sweep", "000-seed0")
+    names = ("two-hosts", "sweep", "000-seed0", "001-seed0")
     assert ended == dict.fromkeys(names, "FINISHED")
     # Every evaluation and step of every host came to the tracker of the head.
     two = next(run["data"] for run in runs if run["info"]["run_name"] == "two-hosts")
