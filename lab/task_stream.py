@@ -75,9 +75,9 @@ class StreamPlan:
         tasks: corpora of classes; each is an added task of the same name.
         steps: optimizer steps of each added task.
         batch_size: rows of a batch of an added task.
-        fractions: fractions of the labelled rows of added tasks.
         memory: fraction of the rows of old tasks that ``replay`` keeps.
-        arms: names of the arms; see :mod:`lab.stream_arms`.
+        arms: name of an arm, see :mod:`lab.stream_arms` -> its fractions of the labelled rows of
+            added tasks.
         dense: options and settings of the dense base, and of dense models per task.
         only_folds: folds that this call runs, to divide a study among machines; empty runs all.
     """
@@ -85,9 +85,8 @@ class StreamPlan:
     tasks: list[str] = field(default_factory=list)
     steps: PositiveCount = 160
     batch_size: PositiveCount = 64
-    fractions: list[Annotated[float, Interval(gt=0, le=1)]] = field(default_factory=lambda: [1.0])
     memory: PartialFraction = 0.1
-    arms: list[str] = field(default_factory=list)
+    arms: dict[str, list[Annotated[float, Interval(gt=0, le=1)]]] = field(default_factory=dict)
     dense: SystemConfig = field(default_factory=lambda: SystemConfig("dense"))
     only_folds: list[int] = field(default_factory=list)
 
@@ -98,6 +97,11 @@ class StreamPlan:
                 f"stream.steps: {self.steps} is no multiple of {BLOCK}, so joint and replay would "
                 f"give some tasks more steps than others. Give {BLOCK * (self.steps // BLOCK + 1)}"
             )
+
+    def list_fractions(self) -> dict[float, list[str]]:
+        """Return label fraction -> its arms."""
+        shares = dict.fromkeys(share for own in self.arms.values() for share in own)
+        return {share: [arm for arm, own in self.arms.items() if share in own] for share in shares}
 
     def order_tasks(self, fold: int) -> list[str]:
         """Return the added tasks in the order of a fold, which its number alone decides."""
@@ -122,8 +126,8 @@ class StreamConfig(StudyConfig):
                 if arm in SAME_TUNING
                 else None,
             )
-            for share in self.stream.fractions
-            for arm in self.stream.arms
+            for share, arms in self.stream.list_fractions().items()
+            for arm in arms
         }
         super().__post_init__()
         pilots = self.run.fold.count - self.folds
@@ -342,12 +346,12 @@ class StreamStudy:
         outcomes: list[TrialOutcome] = []
         for number, seed in enumerate(self.config.tuning.seeds):
             for index, rate in enumerate(self.config.tuning.rates):
-                for share in self.plan.fractions:
+                for share, arms in self.plan.list_fractions().items():
                     fold = self.config.folds + number
                     place = CellPlace(fold, seed, share, rate, "validation")
                     own = {
                         arm: self._build_trial(name_system(arm, share), index, place)
-                        for arm in self.plan.arms
+                        for arm in arms
                         if arm not in SAME_TUNING
                     }
                     trials |= {trial.name: trial for trial in own.values()}
@@ -416,8 +420,8 @@ class StreamStudy:
 
         for fold in self.plan.only_folds or self.config.fold_numbers:
             seed = shift_seed(self.config.seeds[0], fold)
-            for share in self.plan.fractions:
-                labels = {arm: name_system(arm, share) for arm in self.plan.arms}
+            for share, arms in self.plan.list_fractions().items():
+                labels = {arm: name_system(arm, share) for arm in arms}
                 usual = self.config.run.training.lr
                 places = {
                     arm: CellPlace(

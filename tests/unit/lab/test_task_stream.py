@@ -4,6 +4,7 @@ import csv
 import io
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def build_study(data: Path, folder: Path, arms: list[str], **plan: Any) -> StreamConfig:
+def build_study(
+    data: Path, folder: Path, arms: list[str], shares: Sequence[float] = (1.0,), **plan: Any
+) -> StreamConfig:
     """Two tasks over two folds and one pilot fold."""
     run = small_config(data, steps=6, precision="fp32", threads_per_worker=1, checkpoint_every=0)
     tasks = {name: run.tasks[name] for name in ("text_classification", "text_to_video")}
@@ -67,7 +70,7 @@ def build_study(data: Path, folder: Path, arms: list[str], **plan: Any) -> Strea
             tasks=["counts", "headings"],
             steps=STEPS,
             batch_size=4,
-            arms=arms,
+            arms={arm: list(shares) for arm in arms},
             dense=SystemConfig("dense", {"size": "executed"}),
             **plan,
         ),
@@ -83,7 +86,7 @@ def read_records(config: StreamConfig) -> dict[str, dict[str, Any]]:
 def test_all_arms_read_equal_rows_and_are_kept_and_compared(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = build_study(data, tmp_path, ARMS, fractions=[0.5], only_folds=[0])
+    config = build_study(data, tmp_path, ARMS, [0.5], only_folds=[0])
     rows: dict[tuple[str, int], set[tuple[int, ...]]] = {}
     counts: list[Counter[str]] = []
     load = MultiTaskDataLoader.batch
@@ -164,7 +167,7 @@ def test_all_arms_read_equal_rows_and_are_kept_and_compared(
 def test_a_killed_study_continues_elsewhere_with_its_rates(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = build_study(data, tmp_path, ["head", "grow"], fractions=[1.0], only_folds=[0])
+    config = build_study(data, tmp_path, ["head", "grow"], only_folds=[0])
     config = replace(config, tuning=TuningConfig(rates=[1e-4, 1e-3, 1e-2], seeds=[1000]))
     measure = ArmModels.measure
     left = 4
@@ -198,7 +201,7 @@ def test_a_killed_study_continues_elsewhere_with_its_rates(
 
 
 def test_what_another_process_has_ended_is_not_trained_again(data: Path, tmp_path: Path) -> None:
-    study = StreamStudy(build_study(data, tmp_path, ["head", "lora"], fractions=[1.0]))
+    study = StreamStudy(build_study(data, tmp_path, ["head", "lora"]))
     missing, trained = {"head", "lora"}, []
     place = CellPlace(0, 0, 1.0, 1e-3, "test")
     for arm, _, _ in study.train_missing(dict.fromkeys(missing, place), missing.__contains__):
@@ -208,7 +211,7 @@ def test_what_another_process_has_ended_is_not_trained_again(data: Path, tmp_pat
 
 
 def test_a_fold_stays_on_its_base(data: Path, tmp_path: Path) -> None:
-    config = build_study(data, tmp_path, ["head"], fractions=[1.0, 0.5], only_folds=[0])
+    config = build_study(data, tmp_path, ["head"], [1.0, 0.5], only_folds=[0])
     study = StreamStudy(config)
     study.run_cells(study.tune_rates())
     records = read_records(config)
@@ -231,8 +234,8 @@ def test_a_fold_stays_on_its_base(data: Path, tmp_path: Path) -> None:
     ("key", "value", "message"),
     [
         ("steps", 30, "stream.steps: 30 is no multiple of 20"),
-        ("fractions", [0.0], "stream.fractions"),
-        ("arms", ["grwo"], "no arm is named 'grwo'"),
+        ("arms", {"head": [0.0]}, r"stream\.arms: expected"),
+        ("arms", {"grwo": [1.0]}, "no arm is named 'grwo'"),
         ("only_folds", [0, 2], "stream.only_folds: 2 is no fold of the study, which has 2, from 0"),
     ],
 )
@@ -247,7 +250,7 @@ def test_a_wrong_plan_is_one_message(
 def test_rates_wait_for_the_trials_of_another_process(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = build_study(data, tmp_path, ["head"], fractions=[1.0])
+    config = build_study(data, tmp_path, ["head"])
     config = replace(config, tuning=TuningConfig(rates=[1e-4, 1e-3, 1e-2], seeds=[1000]))
     # No training is yielded for a place that is locked.
     monkeypatch.setattr(StreamStudy, "train_missing", lambda *_: iter(()))
@@ -285,7 +288,7 @@ def test_the_page_states_the_settings_and_claims_of_the_study() -> None:
     tree = configuration.flatten_tree(configuration.to_dict(config))
     stated = re.findall(r"^\| `([\w.-]+)` \| (.+?) \|$", page, re.MULTILINE)
     settings = {key: text for key, text in stated if "." in key or key in tree}
-    assert len(settings) == 13
+    assert len(settings) == 15
     for key, text in settings.items():
         assert tree[key] == yaml.safe_load(text), key
     claims = dict(re.findall(r"^\| ([\w ]+) \| ([^|]+) \| [^|]+ \| \d \|$", page, re.MULTILINE))
