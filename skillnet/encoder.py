@@ -84,7 +84,7 @@ class PlanCompiler:
             method: function of its class.
             x_BTD: tokens; see :func:`pad_tokens`.
             skills: active skills, sorted.
-            *rest: further inputs, tensors or None.
+            *rest: further inputs: tensors, None or numbers.
             kind: class of the module. Modules of one kind differ in values only, and share their
                 graphs.
 
@@ -156,7 +156,7 @@ def pad_tokens(x_BTD: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, Tensor | 
 
 
 def _keep_saved_tensors() -> torch.autograd.graph.saved_tensors_hooks:
-    """Return a block that hides the trial from activation checkpointing, which counts tensors."""
+    """Return a block that hides the trial from layers computed again, which count tensors."""
     return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
@@ -472,6 +472,34 @@ class _WeightedSum(torch.autograd.Function):
         return grads[0], torch.mul(grads[0], weights_B11, out=of_branch), None
 
 
+class KeptTokens:
+    """Tokens of a forward pass whose tensors stay in memory, shared by its towers.
+
+    A token counts once in each layer. Later layers are kept first: the backward pass frees their
+    tensors before it computes earlier ones again (Chen et al. 2016). A tower keeps whole quarters
+    of its layers, because each number of layers is a graph of its own for a compiler.
+
+    Args:
+        limit: most tokens, over all layers and towers.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = self.left = limit
+
+    def take(self, tokens: int, layers: int) -> int:
+        """Return how many layers of a tower are kept.
+
+        Args:
+            tokens: of the tower, in all rows.
+            layers: of its encoder.
+        """
+        quarter = max(layers // 4, 1)
+        most = min(self.left // tokens, layers) if tokens else layers
+        count = most if most == layers else most - most % quarter
+        self.left -= count * tokens
+        return count
+
+
 class Encoder(nn.Module):
     """Stack of encoder layers, and after pre-norm layers a final norm. (B, T, D) -> (B, T, D)."""
 
@@ -487,8 +515,8 @@ class Encoder(nn.Module):
         self._head_width = config.dim // config.num_heads
         #: Whether rows whose branch is dropped may be computed.
         self.can_mask_rows = True
-        #: Keep only the input of each layer for the backward pass, which computes the rest again.
-        self.recompute_layers = False
+        #: Tokens whose tensors stay for the backward pass; None keeps all.
+        self.kept_tokens: KeptTokens | None = None
         #: Compiles the forward pass; None computes operation by operation.
         self.compiler: PlanCompiler | None = None
 
@@ -500,8 +528,9 @@ class Encoder(nn.Module):
             skills: active skills, sorted.
             mask_BT: True at real tokens; None if all are real.
         """
+        first = self._find_first_kept(x_BTD)
         if self.compiler is None:
-            return self._encode(x_BTD, skills, mask_BT, *self._draw_rows(x_BTD, None))
+            return self._encode(x_BTD, skills, mask_BT, first, *self._draw_rows(x_BTD, None))
         padded_BTD, padded_BT = pad_tokens(x_BTD, mask_BT)
         # A graph has no numbers of rows that differ between steps.
         draws = self._draw_rows(x_BTD, True)
@@ -509,11 +538,17 @@ class Encoder(nn.Module):
         # Collectives between layers are no part of a graph.
         if not self._gathers_weights():
             encode = self.compiler.find_compiled(
-                self, type(self)._encode, padded_BTD, skills, padded_BT, *draws
+                self, type(self)._encode, padded_BTD, skills, padded_BT, first, *draws
             )
         if encode is None:
-            return self._encode(x_BTD, skills, mask_BT, *draws)
-        return encode(self, padded_BTD, skills, padded_BT, *draws)[:, : x_BTD.shape[1]]
+            return self._encode(x_BTD, skills, mask_BT, first, *draws)
+        return encode(self, padded_BTD, skills, padded_BT, first, *draws)[:, : x_BTD.shape[1]]
+
+    def _find_first_kept(self, x_BTD: Tensor) -> int:
+        """Return the first layer whose tensors stay; those before it keep their input only."""
+        if self.kept_tokens is None or not torch.is_grad_enabled():
+            return 0
+        return len(self.layers) - self.kept_tokens.take(x_BTD.shape[:2].numel(), len(self.layers))
 
     def _draw_rows(self, x_BTD: Tensor, is_masked: bool | None) -> list[LayerDraw]:
         """Return the rows that each layer computes; nothing if no row is dropped."""
@@ -529,7 +564,7 @@ class Encoder(nn.Module):
         )
 
     def _encode(
-        self, x_BTD: Tensor, skills: Skills, mask_BT: Tensor | None, *draws: LayerDraw
+        self, x_BTD: Tensor, skills: Skills, mask_BT: Tensor | None, first: int, *draws: LayerDraw
     ) -> Tensor:
         # The bias is built once for all layers.
         padding: Padding = None
@@ -539,7 +574,7 @@ class Encoder(nn.Module):
                 x_BTD = padding.pack(x_BTD)
         for index, layer in enumerate(self.layers):
             draw = draws[index] if draws else None
-            if self.recompute_layers and torch.is_grad_enabled():
+            if index < first:
                 x_BTD = checkpoint(layer, x_BTD, skills, padding, draw, use_reentrant=False)
             else:
                 x_BTD = layer(x_BTD, skills, padding, draw)

@@ -88,10 +88,6 @@ class SkillNet(TaskModel):
         """
         return mean_pool(*self.tokens(batch, plan))
 
-    def enable_activation_checkpointing(self) -> None:
-        """Let each encoder layer keep only its input, and compute it again in the backward pass."""
-        self.encoder.recompute_layers = True
-
     def enable_compilation(self, report: Callable[[str], None], backend: str = "inductor") -> None:
         """Compile the encoder, or its layers if they gather their weights, once per plan.
 

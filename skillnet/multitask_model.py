@@ -25,6 +25,7 @@ from torch.nn.modules.module import (
 
 from skillnet.bounds import require_fields
 from skillnet.config import SkillNetConfig
+from skillnet.encoder import Encoder, KeptTokens
 from skillnet.flops import count_flops
 from skillnet.objectives.base import find_objective
 from skillnet.objectives.heads import TaskHead, build_head
@@ -158,6 +159,8 @@ class TaskModel(RawInputModel, nn.Module):
         self.unread: dict[str, SavedFile] = {}
         #: Gives the model the weights of a task, if it does not hold all, as in sharded training.
         self.weight_loader: Callable[[str], None] | None = None
+        #: See :meth:`limit_kept_tokens`.
+        self.kept_tokens: KeptTokens | None = None
 
     @classmethod
     def parse_options(cls, given: Mapping[str, Any] | None) -> Any:
@@ -221,6 +224,8 @@ class TaskModel(RawInputModel, nn.Module):
             batch's ``places`` (M,), numbers among its B T tokens, or of all real tokens without it.
         """
         find_task(task, self.config.tasks)
+        if self.kept_tokens is not None:
+            self.kept_tokens.left = self.kept_tokens.limit
         return self._head(task).run(
             towers,
             lambda tower: self.tower_tokens(task, tower, towers[tower]),
@@ -359,16 +364,24 @@ class TaskModel(RawInputModel, nn.Module):
         """Delete the parameters that only this task uses, after it left the configuration."""
         del self.heads[task]
 
-    def enable_activation_checkpointing(self) -> None:
-        """Let the backward pass compute layers again, to keep less in memory (Chen et al. 2016).
+    def limit_kept_tokens(self, limit: int | None) -> None:
+        """Let the backward pass compute layers again beyond a number of tokens.
+
+        Args:
+            limit: see :class:`skillnet.encoder.KeptTokens`; None keeps all.
 
         Raises:
             ValueError: the system does not support it.
         """
-        raise ValueError(
-            f"the system {self.system} cannot compute layers again; set "
-            "training.activation_checkpointing to false"
-        )
+        encoders = [module for module in self.modules() if isinstance(module, Encoder)]
+        if not encoders and limit is not None:
+            raise ValueError(
+                f"the system {self.system} cannot compute layers again; set "
+                "training.kept_tokens to null"
+            )
+        self.kept_tokens = None if limit is None else KeptTokens(limit)
+        for encoder in encoders:
+            encoder.kept_tokens = self.kept_tokens
 
     @torch.no_grad()
     def reorder_outputs(self, task: str, names: Sequence[str]) -> None:

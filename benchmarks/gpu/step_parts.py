@@ -52,8 +52,7 @@ class StepRunner:
                 model = build_system(config.system, config.model, config.options)
         self.model = model.train()
         training = config.training
-        if training.activation_checkpointing:
-            self.model.enable_activation_checkpointing()
+        self.model.limit_kept_tokens(training.kept_tokens)
         if training.compile:
             compile_plans(self.model)
         self._precision = choose_precision(training.precision, device)

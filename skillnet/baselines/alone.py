@@ -59,11 +59,6 @@ class SeparateSkillNets(TaskModel):
         """Return the embedding (V, D) of the task's own tokens."""
         return self.model_of(task).token_embedding(task, tower)
 
-    def enable_activation_checkpointing(self) -> None:
-        """Let all encoders recompute their layers in the backward pass."""
-        for task in self.models:
-            self.model_of(task).enable_activation_checkpointing()
-
     def file_of(self, name: str) -> str:
         """Return the file: ``alone-TASK`` or ``head-TASK``."""
         kind, task = name.split(".")[:2]

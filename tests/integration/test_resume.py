@@ -77,7 +77,7 @@ def pretraining(data: Path, **training: Any) -> FinetuneConfig:
 
 BF16 = {"precision": "bf16", "ema": 0.9}
 #: A contrastive loss compares the rows of all parts of all workers.
-IN_PARTS = {"micro_batch_size": 2, "activation_checkpointing": True}
+IN_PARTS = {"micro_batch_size": 2, "kept_tokens": 0}
 WHOLE: Parts = [(1, None)]
 
 

@@ -85,7 +85,7 @@ def train_first_steps(rank: int, world: int, config: FinetuneConfig, run: str, s
         rounded.model = replace(config.model, skill_modules="feedforward")
         is_dense = system == "dense"
         rounded.training = replace(
-            config.training, steps=2, precision="bf16", activation_checkpointing=is_dense
+            config.training, steps=2, precision="bf16", kept_tokens=0 if is_dense else None
         )
         losses = train_model(ResolvedRun(rounded), rank=rank, world=world).losses
         assert losses
@@ -190,7 +190,7 @@ def finish_systems(rank: int, world: int, config: FinetuneConfig, folder: str) -
     for system, options in SYSTEMS.items():
         # Layers of experts and of libraries compute their forward pass again.
         is_deep = world > 1 and system != "alone"
-        training = replace(config.training, activation_checkpointing=is_deep)
+        training = replace(config.training, kept_tokens=0 if is_deep else None)
         own = replace(config, system=system, options=options, training=training)
         finish_run(rank, world, own, f"{folder}/{system}")
 
@@ -233,7 +233,7 @@ def compare_compiled(rank: int, world: int, config: FinetuneConfig) -> None:
 @pytest.mark.long
 def test_compiled_layers_equal_plain_ones(data: Path) -> None:
     """Weights are freed after each layer and gathered again, which the graphs must not notice."""
-    config = small_config(data, steps=3, activation_checkpointing=True, sharding="full")
+    config = small_config(data, steps=3, kept_tokens=0, sharding="full")
     task = "text_classification"
     # Each rank has several rows: one row needs a graph of its own.
     config.tasks = {task: replace(config.tasks[task], batch_size=9)}
@@ -255,7 +255,7 @@ def test_hybrid_equals_one_process(data: Path, tmp_path: Path) -> None:
     # Ranks have 3, 2, 2 and 2 rows, but equally many parts.
     config.tasks = {name: replace(task, batch_size=9) for name, task in config.tasks.items()}
     finish_run(0, 1, config, str(tmp_path / "alone"))
-    config.training.micro_batch_size, config.training.activation_checkpointing = 2, True
+    config.training.micro_batch_size, config.training.kept_tokens = 2, 0
     config.training.sharding = "hybrid"
     run_ranks(4, finish_on_nodes, config, str(tmp_path / "run"))
     assert_equal_runs(tmp_path / "run", tmp_path / "alone")

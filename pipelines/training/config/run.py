@@ -158,8 +158,9 @@ class TrainingConfig:
         micro_batch_size: rows that a worker computes at a time. A larger batch passes in parts,
             whose gradients add up; a contrastive loss still compares all rows. Balancing losses of
             experts are those of the parts. Null computes all rows at once.
-        activation_checkpointing: keep only the input of each encoder layer for the backward pass,
-            which computes the layer again: a third more operations, far less memory.
+        kept_tokens: tokens, counted in each encoder layer, whose tensors a worker keeps for the
+            backward pass. Beyond them a layer keeps its input only and is computed again: with 0 a
+            third more operations, and far less memory. Null keeps all.
         compile: compile the encoder with ``torch.compile``, once per plan, or with ``sharding``
             each layer; for GPUs. A plan that cannot be compiled is reported, and runs without.
             Results differ in rounding.
@@ -215,7 +216,7 @@ class TrainingConfig:
     placement_strategy: Literal["pack", "spread", "strict_spread"] = "pack"
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
     micro_batch_size: PositiveCount | None = None
-    activation_checkpointing: bool = False
+    kept_tokens: Annotated[int, Interval(ge=0, le=10**12)] | None = None
     compile: bool = False
     profile_start: NonNegativeCount | None = None
     sharding: Literal["none", "host", "full", "hybrid"] = "none"

@@ -445,8 +445,7 @@ def build_replica(
         model, report = _build_started(config, corpora, shared)
     resting = find_unused_files(config)
     model.place_weights(place, precision.weights, resting)
-    if settings.activation_checkpointing:
-        model.enable_activation_checkpointing()
+    model.limit_kept_tokens(settings.kept_tokens)
     if settings.compile:
         compile_plans(model, rank=rank)
     # The broadcast makes weights bitwise equal even if nodes compute initial weights differently.
@@ -512,8 +511,7 @@ def _build_shards(
     settings = config.training
     structure, whole = (build_structure(config, corpora, precision.weights) for _ in range(2))
     require_sharding(structure)
-    if settings.activation_checkpointing:
-        structure.enable_activation_checkpointing()
+    structure.limit_kept_tokens(settings.kept_tokens)
     if settings.compile:
         compile_plans(structure, whole, rank=rank)
     active = trainable_parameters(structure, config)
@@ -530,7 +528,7 @@ def _build_shards(
         source,
         build_mesh(precision.device, world, settings.sharding == "hybrid"),
         products=precision.products,
-        frees_early=settings.activation_checkpointing,
+        frees_early=settings.kept_tokens is not None,
     )
     whole.weight_loader = shards.load_task
     own = {task: [(n, shards.parameters[n]) for n, _ in named] for task, named in active.items()}

@@ -111,8 +111,8 @@ class DeviceWatch:
         rows = min(-(-largest // training.workers), training.micro_batch_size or largest)
         # Options that a resumed run may change: none of them belongs to its identity.
         remedies = [f"--training.micro_batch_size {rows // 2}"] if rows > 1 else []
-        if not training.activation_checkpointing:
-            remedies.append("--training.activation_checkpointing true")
+        if training.kept_tokens != 0:
+            remedies.append("--training.kept_tokens 0")
         if not remedies:
             return f"{self._saved()}. It needs a larger GPU, or more of them; see `skillnet plan`"
         return (

@@ -34,7 +34,7 @@ NON_IDENTITY_KEYS = (
     "keep_checkpoints",
     "evaluate_every",
     "log_every",
-    "activation_checkpointing",
+    "kept_tokens",
     "compile",
     "profile_start",
     "sharding",

@@ -51,9 +51,16 @@ class EncoderAdapter(WrappedEncoder):
         """
         raise ValueError(f"{type(self.model).__name__} embeds no tokens")
 
-    def enable_activation_checkpointing(self) -> None:
-        """Keep only the inputs of the layers for the backward pass (transformers' models)."""
-        self.model.activation_checkpointing_enable({"use_reentrant": False})
+    def recompute_layers(self, is_on: bool) -> None:
+        """Keep only the inputs of the layers for the backward pass, or all (transformers' models).
+
+        Args:
+            is_on: whether layers are computed again.
+        """
+        if is_on:
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.model.activation_checkpointing_disable()
 
     def list_layers(self) -> list[nn.Module]:
         """Return the layers of the library's model."""
@@ -94,9 +101,13 @@ class ImageTower(EncoderAdapter):
         super().__init__(model, width, dim)
         model.patch_embed.proj = PatchProduct(model.patch_embed.proj)
 
-    def enable_activation_checkpointing(self) -> None:
-        """Keep only the inputs of the blocks for the backward pass."""
-        self.model.set_grad_checkpointing(True)
+    def recompute_layers(self, is_on: bool) -> None:
+        """Keep only the inputs of the blocks for the backward pass, or all.
+
+        Args:
+            is_on: whether blocks are computed again.
+        """
+        self.model.set_grad_checkpointing(is_on)
 
     def encode(self, batch: Batch) -> Tokens:
         x_BCHW = scale_to_signed(batch["pixels"], self.dtype).permute(0, 3, 1, 2)

@@ -156,11 +156,15 @@ class SpecialistModel(TaskModel):
         """Return the embedding (V, D) of the tower's own tokens."""
         return self.tower(task, tower).token_embedding(self.config.vocab_size)
 
-    def enable_activation_checkpointing(self) -> None:
-        """Let all encoders recompute their layers in the backward pass."""
+    def limit_kept_tokens(self, limit: int | None) -> None:
+        """Let the backward pass compute layers again: all of them, whatever the number is.
+
+        Args:
+            limit: None keeps all tokens.
+        """
         for module in self.modules():
             if isinstance(module, EncoderAdapter):
-                module.enable_activation_checkpointing()
+                module.recompute_layers(limit is not None)
 
     # -- ownership -------------------------------------------------------------------------
 

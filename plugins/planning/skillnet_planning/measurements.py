@@ -40,8 +40,8 @@ def describe_step(
     """
     model = to_dict(config.model)
     plan = model.pop("tasks", {}).get(task)
-    checkpointing = config.training.activation_checkpointing
-    sizes = [config.system, model, plan, config.tasks[task].max_length, checkpointing]
+    kept = config.training.kept_tokens
+    sizes = [config.system, model, plan, config.tasks[task].max_length, kept]
     at_once = rows if part is None else min(part, rows)
     kind = "compiled" if is_compiled else "eager"
     return f"{digest_config({'sizes': sizes})[:12]}, {rows} rows, {at_once} at a time, {kind}"

@@ -63,7 +63,7 @@ def _memory_key(config: FinetuneConfig) -> str:
         training.masking,
         [training.workers, training.min_workers, training.precision],
         [training.ema > 0, training.patience is not None],
-        [training.micro_batch_size, training.activation_checkpointing],
+        [training.micro_batch_size, training.kept_tokens],
         training.sharding,
         training.trainable,
     ]

@@ -40,13 +40,13 @@ class MemoryOptions:
 
     Args:
         micro_batch_size: rows that a worker computes at a time; None for all.
-        activation_checkpointing: compute layers again in the backward pass.
+        kept_tokens: tokens whose tensors are kept for the backward pass; None keeps all.
         sharding: ``training.sharding``: ``host`` keeps weights of other tasks in the host's memory,
             ``full`` divides weights and state among the workers.
     """
 
     micro_batch_size: int | None
-    activation_checkpointing: bool
+    kept_tokens: int | None
     sharding: str = "none"
 
     @property
@@ -65,8 +65,8 @@ class MemoryOptions:
         if self.micro_batch_size != before.micro_batch_size:
             size = "null" if self.micro_batch_size is None else self.micro_batch_size
             words.append(f"--{prefix}training.micro_batch_size {size}")
-        if self.activation_checkpointing and not before.activation_checkpointing:
-            words.append(f"--{prefix}training.activation_checkpointing true")
+        if self.kept_tokens != before.kept_tokens:
+            words.append(f"--{prefix}training.kept_tokens {self.kept_tokens}")
         if self.sharding != before.sharding:
             words.append(f"--{prefix}training.sharding {self.sharding}")
         return " ".join(words)
@@ -136,10 +136,9 @@ class RunPlanner:
         self.precision = automatic if training.precision == "auto" else training.precision
         self.given = MemoryOptions(
             training.micro_batch_size,
-            training.activation_checkpointing,
+            training.kept_tokens,
             training.sharding,
         )
-        self._models: dict[bool, PlannedModel] = {}
         self._costs: dict[tuple[str, int, MemoryOptions], StepCost] = {}
 
     @classmethod
@@ -152,7 +151,7 @@ class RunPlanner:
             workers: number of workers.
         """
         made = cls(config, other.gpu, workers, other.workers_per_node)
-        made._models, made._costs = other._models, other._costs
+        made.planned, made._costs = other.planned, other._costs
         return made
 
     def count_sharing(self) -> int:
@@ -185,14 +184,10 @@ class RunPlanner:
         options = replace(options, sharding="none")
         key = (task, rows, options)
         if key not in self._costs:
-            checkpointing = options.activation_checkpointing
-            if checkpointing not in self._models:
-                self._models[checkpointing] = PlannedModel(self.config, checkpointing)
-            planned = self._models[checkpointing]
-            with planned.fake:
+            with self.planned.fake:
                 batch = build_example_batch(self.config, task, rows, rows)
-            size = options.micro_batch_size
-            self._costs[key] = measure_step(planned, batch, self.precision, size)
+            size, kept = options.micro_batch_size, options.kept_tokens
+            self._costs[key] = measure_step(self.planned, batch, self.precision, size, kept)
         return self._costs[key]
 
     def memory(
@@ -240,10 +235,7 @@ class RunPlanner:
     @cached_property
     def planned(self) -> PlannedModel:
         """Model of the run on fake tensors."""
-        flag = self.given.activation_checkpointing
-        if flag not in self._models:
-            self._models[flag] = PlannedModel(self.config, flag)
-        return self._models[flag]
+        return PlannedModel(self.config)
 
     @cached_property
     def total_parameters(self) -> int:
@@ -282,10 +274,8 @@ class RunPlanner:
         if self.fits(self.memory()):
             return self.given
         for placed in self._list_placements():
-            for checkpointing, fewest in ((False, FEW_ROWS), (True, 1)):
-                if self.given.activation_checkpointing and not checkpointing:
-                    continue
-                options = replace(placed, activation_checkpointing=checkpointing)
+            for kept, fewest in {self.given.kept_tokens: FEW_ROWS, 0: 1}.items():
+                options = replace(placed, kept_tokens=kept)
                 found = self._largest_micro_batch(options, fewest)
                 if found is not None:
                     return found
@@ -318,7 +308,7 @@ class RunPlanner:
             if self._fits_with(options):
                 return options
         except ValueError:
-            return None  # the system has no activation checkpointing
+            return None  # the system cannot compute layers again
         most = max(self.rows_per_worker(task) for task in self.config.trained)
         most = min(most, options.micro_batch_size or most)
         size = 1 << max((most - 1).bit_length() - 1, 0)
@@ -364,15 +354,15 @@ class RunPlanner:
     def count_gathers(self, task: str) -> int:
         """Return how often a step gathers the weights of its task from shards, at most.
 
-        Without checkpointing they stay for the step. With it each layer is freed after each pass:
-        a part goes forward and back, and first forward without gradients for a contrastive loss.
+        They stay for the step. If layers are computed again, each is freed after each pass: a part
+        goes forward and back, and first forward without gradients for a contrastive loss.
 
         Args:
             task: its name.
         """
         if self.given.sharding not in ("full", "hybrid") or self.workers == 1:
             return 0
-        if not self.given.activation_checkpointing:
+        if self.given.kept_tokens is None:
             return 1
         rows = self.config.tasks[task].batch_size
         parts = count_parts(rows, self.workers, self.given.micro_batch_size)
@@ -406,9 +396,9 @@ class RunPlanner:
             return options.describe(self.given, prefix)
         placed = [replace(each, micro_batch_size=1) for each in self._list_placements()]
         try:
-            few = [replace(each, activation_checkpointing=True) for each in placed]
+            few = [replace(each, kept_tokens=0) for each in placed]
             least = min(self.memory(each).total for each in few)
-        except ValueError:  # the system has no activation checkpointing
+        except ValueError:  # the system cannot compute layers again
             least = min(self.memory(each).total for each in placed)
         return (
             f"a GPU with more than {least / GB:.1f} GB for the tensors of a worker, or a smaller "

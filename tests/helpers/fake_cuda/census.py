@@ -118,7 +118,7 @@ class StepCensus:
         config = replace(self.config, training=training)
         model, precision = self.model, ComputePrecision(options.precision, CUDA)
         if options.checkpointing:
-            model.enable_activation_checkpointing()
+            model.limit_kept_tokens(0)
         with self._mode:
             active = trainable_parameters(model, config)
             optimizer = build_optimizer(model.named_parameters(), training)

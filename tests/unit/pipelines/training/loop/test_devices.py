@@ -330,8 +330,8 @@ def test_too_little_memory_names_the_option_and_ends_the_run(tmp_path: Path) -> 
     assert "in step 1: out of memory" in message
     assert "No checkpoint exists yet" in message
     remedy = f"--training.micro_batch_size {rows // 2}"
-    assert f"{remedy} or --training.activation_checkpointing true" in message
-    config = replace(config, training=replace(config.training, activation_checkpointing=True))
+    assert f"{remedy} or --training.kept_tokens 0" in message
+    config = replace(config, training=replace(config.training, kept_tokens=0))
     watch = DeviceWatch(config, tmp_path)
     with pytest.raises(UserError, match=f"{remedy} with --name"), watch.explain_errors():
         raise torch.OutOfMemoryError
@@ -353,7 +353,7 @@ def test_the_advice_about_memory_resumes_the_run_if_it_is_followed_to_the_letter
     advice = re.findall(r"(--training\.\w+) (\w+)", str(caught.value))
     assert [key for key, _ in advice] == [
         "--training.micro_batch_size",
-        "--training.activation_checkpointing",
+        "--training.kept_tokens",
     ]
     stored = ["--config", str(run.folder / CONFIG)]
     for words in (*advice, [word for option in advice for word in option]):
@@ -378,9 +378,7 @@ def test_the_advice_about_memory_resumes_the_run_if_it_is_followed_to_the_letter
     ],
 )
 def test_the_advice_about_memory_needs_less_memory(rows, size, workers, remedy, tmp_path):
-    config = small_config(
-        tmp_path, micro_batch_size=size, workers=workers, activation_checkpointing=True
-    )
+    config = small_config(tmp_path, micro_batch_size=size, workers=workers, kept_tokens=0)
     for task in config.tasks.values():
         task.batch_size = rows
     watch = DeviceWatch(config, tmp_path)
