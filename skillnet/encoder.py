@@ -490,8 +490,8 @@ class KeptTokens:
         """Return how many layers of a tower are kept.
 
         Args:
-            tokens: of the tower, in all rows.
-            layers: of its encoder.
+            tokens: number of tokens in all rows.
+            layers: number of layers of the encoder.
         """
         quarter = max(layers // 4, 1)
         most = min(self.left // tokens, layers) if tokens else layers

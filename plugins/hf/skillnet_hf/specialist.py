@@ -157,7 +157,7 @@ class SpecialistModel(TaskModel):
         return self.tower(task, tower).token_embedding(self.config.vocab_size)
 
     def limit_kept_tokens(self, limit: int | None) -> None:
-        """Let the backward pass compute layers again: all of them, whatever the number is.
+        """Let the backward pass compute all layers again, for each limit.
 
         Args:
             limit: None keeps all tokens.

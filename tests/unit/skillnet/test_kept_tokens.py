@@ -63,7 +63,7 @@ def test_gradients_equal_those_of_the_plain_step(system: str, task: str) -> None
 
 @pytest.mark.parametrize("system", ["skillnet", "alone", "moe"])
 def test_a_limit_between_keeps_a_part(system: str) -> None:
-    """The towers of a pass share the limit, and each pass has it anew."""
+    """The towers of a pass share the limit, and the next pass has all of it."""
     task, kept = "text_to_image", []
     plain = build(system)
     loss, _ = step(plain, task)
