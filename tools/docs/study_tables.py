@@ -1,6 +1,7 @@
 """Tables of kept studies for docs/results: ``python -m tools.docs.study_tables``.
 
-The final study has a page, and the studies beside it share another one. Each block belongs to one
+The final study and the study of many tasks have a page each, and the studies beside the final one
+share another. Each block belongs to one
 question and one or two studies below ``lab/results``. The report is computed again from the
 sums of units, and its answer and some of its tables are written between the marks of its page. A
 block whose studies are not complete says so: the preregistration allows no look at a part of the
@@ -29,7 +30,7 @@ from tools.docs.study_rates import build_change_table
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "lab" / "results"
 PAGES = ROOT / "docs" / "results"
-FINAL_PAGE, BESIDE_PAGE = PAGES / "final.md", PAGES / "beside.md"
+FINAL_PAGE, BESIDE_PAGE, SCALE_PAGE = (PAGES / f"{n}.md" for n in ("final", "beside", "scale"))
 
 #: Facts that are the same on each day. The pages state machine and precision once.
 FACTS = ("runs evaluated",)
@@ -63,6 +64,7 @@ OMITTED = ("asked", "relative to specialists", "training", "pretraining", "rows 
 #: Marks of the table of differences at the rates of both studies.
 RATE_CHANGES = "rate-changes"
 
+SCALE = "Score and cost against the number of tasks"
 GAINS, MORE_STEPS = "Gain from pretraining", "Differences after more steps"
 #: Rows of the second one: what more steps change most, and the mean.
 CHANGED = ("text to video", MEAN)
@@ -95,6 +97,7 @@ BLOCKS = {
         (DIFFERENCES,),
         ("skillnet", "dense-deep", "dense-modality"),
     ),
+    "scale": StudyBlock(("scale",), (CLAIMS, SCALE), page=SCALE_PAGE),
     "budget": StudyBlock(("budget",), ("Budget until dense's final score",)),
 }
 
@@ -204,7 +207,7 @@ def shorten_table(table: ReportTable, tasks: Sequence[str] = ()) -> ReportTable:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the blocks of both pages."""
+    """Write the blocks of the pages."""
     parser = argparse.ArgumentParser(prog="python -m tools.docs.study_tables", description=__doc__)
     names = [*BLOCKS, RATE_CHANGES]
     parser.add_argument("--block", choices=names, help="all by default")

@@ -50,7 +50,7 @@ ERRORS_IN_CLAIMS = (
     "an error rate is subtracted from 1, so ",
 )
 #: Rows of the table that the page shows unfolded.
-MAX_ROWS = 6
+MAX_ROWS = 7
 #: Marks of scores that are significantly better or worse than the reference's.
 BETTER, WORSE = "▲", "▼"
 #: Verdict of a paired test -> its mark.
