@@ -137,7 +137,7 @@ def draw_scale_figure(points: Sequence[ScalePoint]) -> "Figure":
             style_axes(panel)
         for panel in grid[1]:
             panel.set_xlabel("number of tasks that are trained together", fontsize=8)
-            panel.set_ylim(bottom=0)
+            panel.set_ylim(0, 1.08 * panel.get_ylim()[1])
             panel.yaxis.set_major_formatter(lambda value, _: format_count(value))
         handles, labels = grid[0, 0].get_legend_handles_labels()
         figure.legend(

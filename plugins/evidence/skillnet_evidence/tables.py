@@ -50,7 +50,9 @@ ERRORS_IN_CLAIMS = (
     "an error rate is subtracted from 1, so ",
 )
 #: Rows of the table that the page shows unfolded.
-MAX_ROWS = 7
+MAX_ROWS = 6
+#: Claims that it shows so. A study of this size must hide none of its verdicts.
+MAX_CLAIMS = 8
 #: Marks of scores that are significantly better or worse than the reference's.
 BETTER, WORSE = "▲", "▼"
 #: Verdict of a paired test -> its mark.
@@ -308,7 +310,7 @@ def build_claim_table(
     """Return one row per claim: the claim, what was asked, the result and the verdict.
 
     Args:
-        claims: evaluated claims; at most ``MAX_ROWS`` of them are listed.
+        claims: evaluated claims; at most ``MAX_CLAIMS`` of them are listed.
         comparison: names the tasks.
         references: scores of the simple references, which the caption states.
     """
@@ -318,9 +320,9 @@ def build_claim_table(
             TableCell(text, is_prose=True)
             for text in (claim.text, _describe_question(claim), _describe_result(claim))
         ]
-        for claim in claims[:MAX_ROWS]
+        for claim in claims[:MAX_CLAIMS]
     ]
-    more = len(claims) - MAX_ROWS
+    more = len(claims) - MAX_CLAIMS
     caption = f"{more} more claims are in the complete list below. " if more > 0 else ""
     caption += "Differences of scores in points, with their intervals; "
     caption += _describe_errors(comparison, *ERRORS_IN_CLAIMS)
