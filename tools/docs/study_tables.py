@@ -1,11 +1,10 @@
 """Tables of kept studies for docs/results: ``python -m tools.docs.study_tables``.
 
 The final study and the study of many tasks have a page each, and the studies beside the final one
-share another. Each block belongs to one
-question and one or two studies below ``lab/results``. The report is computed again from the
-sums of units, and its answer and some of its tables are written between the marks of its page. A
-block whose studies are not complete says so: the preregistration allows no look at a part of the
-final study.
+share another. Each block belongs to one question and one or two studies below ``lab/results``. The
+report is computed again from the sums of units, and its answer and some of its tables are written
+between the marks of its page. A block whose studies are not complete says so: the preregistration
+allows no look at a part of the final study.
 """
 
 import argparse

@@ -51,7 +51,7 @@ ERRORS_IN_CLAIMS = (
 )
 #: Rows of the table that the page shows unfolded.
 MAX_ROWS = 6
-#: Claims that it shows so. A study of this size must hide none of its verdicts.
+#: Claims that the page shows unfolded: all of the largest study.
 MAX_CLAIMS = 8
 #: Marks of scores that are significantly better or worse than the reference's.
 BETTER, WORSE = "▲", "▼"
