@@ -1,18 +1,18 @@
 """Transformer encoder: layers whose attention and feed-forward parts may have skills.
 
-``torch.compile`` keeps the graphs of a function with its code, at most eight, and then runs it
-uncompiled. The plans of the default tasks alone have more. Therefore each plan gets a copy of the
-function (:class:`PlanCompiler`). Lengths and rows are symbols of the graph, and lengths are padded
-to a multiple, so no batch needs another graph. Sharded weights exist only around the call of a
-layer. Their layers are compiled instead: one callable and one graph per plan and kind of layer.
+:class:`LayerCompiler` compiles the computation of a layer. Merged weights are inputs of its graph,
+so all layers, and all plans with as many skills, have one graph, and a step merges its weights once
+for all towers. Lengths and rows are symbols of the graph, and lengths are padded to a multiple, so
+no batch needs another graph.
 
 Shapes: B batch, T tokens, D model width.
 """
 
 import types
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +26,7 @@ from skillnet.config import SkillNetConfig
 from skillnet.layers import (
     PackedRows,
     Padding,
+    Product,
     RaggedRows,
     SkillAttention,
     SkillFeedForward,
@@ -42,82 +43,74 @@ from skillnet.skill_weights import share_merges
 #: Lengths are padded to a multiple of this number of tokens, as products of GPUs prefer.
 TOKEN_MULTIPLE = 8
 
-#: Function of a module's class: the module, tokens, active skills, and further tensors or None.
-TokenMethod = Callable[..., Tensor]
+#: Function of a layer's class: the layer, tokens, merged weights, padding, and rows that are kept.
+LayerMethod = Callable[..., Tensor]
 
 
-class PlanCompiler:
-    """Compiled variants of the forward pass of an encoder, or of its layers.
+class LayerCompiler:
+    """Compiled variants of the computation of a layer, shared by all layers of a run.
 
-    A plan that cannot be compiled is computed as without compilation.
+    ``torch.compile`` keeps the graphs of a function with its code, at most eight, and then runs it
+    uncompiled. Therefore each variant gets a copy of the function. A variant that cannot be
+    compiled is computed as without compilation.
 
     Args:
-        report: receives one line per plan that cannot be compiled: its skills, and the reason.
+        report: receives the reason why layers are not compiled, once.
         backend: compiler that ``torch.compile`` uses, such as ``inductor``.
     """
 
     def __init__(
-        self, report: Callable[[Skills, str], None], backend: str | Callable[..., Any] = "inductor"
+        self, report: Callable[[str], None], backend: str | Callable[..., Any] = "inductor"
     ) -> None:
         self._report, self._backend = report, backend
         # Variant -> compiled function; None computes without compilation.
-        self._compiled: dict[tuple[Any, ...], TokenMethod | None] = {}
-        self._failed: set[Skills] = set()
+        self._compiled: dict[tuple[Any, ...], LayerMethod | None] = {}
+        self._has_failed = False
 
     # Graphs stay in the process that compiled them.
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_compiled": {}}
 
     def find_compiled(
-        self,
-        owner: Any,
-        method: TokenMethod,
-        x_BTD: Tensor,
-        skills: Skills,
-        *rest: Any,
-        kind: Hashable = None,
-    ) -> TokenMethod | None:
-        """Return the compiled function of a plan; the first batch of the plan compiles it.
+        self, layer: Any, method: LayerMethod, x_BTD: Tensor, weights: "LayerWeights", *rest: Any
+    ) -> LayerMethod | None:
+        """Return the compiled variant for some inputs; it is compiled at its first use.
 
         Args:
-            owner: module that is computed.
+            layer: is computed.
             method: function of its class.
             x_BTD: tokens; see :func:`pad_tokens`.
-            skills: active skills, sorted.
-            *rest: further inputs: tensors, None or numbers.
-            kind: class of the module. Modules of one kind differ in values only, and share their
-                graphs.
+            weights: inputs of the graph. Their values may be any, see :meth:`EncoderLayer.prepare`.
+            *rest: padding, and weights of rows or None.
 
         Returns:
-            None if the plan cannot be compiled.
+            None if the variant cannot be compiled.
         """
         # What decides on the operations of a graph, beside sizes.
         key = (
-            kind,
-            skills,
-            *(each is None for each in rest),
-            owner.training,
+            weights.describe(),
+            *(type(each) for each in rest),
             torch.is_grad_enabled(),
             x_BTD.requires_grad,
             x_BTD.dtype,
             torch.is_autocast_enabled(x_BTD.device.type),
         )
         if key not in self._compiled:
-            self._compiled[key] = self._compile(owner, method, x_BTD, skills, rest)
+            self._compiled[key] = self._compile(layer, method, x_BTD, weights, rest)
         return self._compiled[key]
 
     def _compile(
         self,
-        owner: Any,
-        method: TokenMethod,
+        layer: Any,
+        method: LayerMethod,
         x_BTD: Tensor,
-        skills: Skills,
+        weights: "LayerWeights",
         rest: tuple[Any, ...],
-    ) -> TokenMethod | None:
+    ) -> LayerMethod | None:
         # With the compiler of torch, whose import takes seconds.
         from torch.fx.experimental import _config as shape_config
 
-        own = _copy_function(method, f"encode_{'_'.join(skills)}_{len(self._compiled)}")
+        own = _copy_function(method, f"compute_layer_{len(self._compiled)}")
         compiled = torch.compile(own, fullgraph=True, dynamic=True, backend=self._backend)
         patched = shape_config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
         devices = [x_BTD.device] if x_BTD.device.type == "cuda" else []
@@ -126,18 +119,22 @@ class PlanCompiler:
         with torch.random.fork_rng(devices), patched, _keep_saved_tensors():
             try:
                 trial_BTD = x_BTD.detach().requires_grad_(x_BTD.requires_grad)
-                y_BTD = compiled(owner, trial_BTD, skills, *rest)
-                if y_BTD.requires_grad and trial_BTD.requires_grad:
+                # Sizes of weights are numbers of the graph, for which the compiler chooses kernels.
+                for each in weights.list_tensors():
+                    torch._dynamo.mark_static(each)
+                y_BTD = compiled(layer, trial_BTD, weights, *rest)
+                given = [trial_BTD, *weights.list_tensors()]
+                if learned := [each for each in given if each.requires_grad]:
                     # The backward pass may be compiled only when it is needed.
-                    torch.autograd.grad(y_BTD.float().sum(), trial_BTD)
+                    torch.autograd.grad(y_BTD.float().sum(), learned[:1])
             except Exception as error:  # any library that takes part in the compilation
                 cause = find_cause(error)
                 if isinstance(cause, torch.OutOfMemoryError):
                     raise cause from None
-                if skills not in self._failed:
-                    self._failed.add(skills)
+                if not self._has_failed:
+                    self._has_failed = True
                     lines = str(cause).strip().splitlines()
-                    self._report(skills, f"{type(cause).__name__}: {lines[0] if lines else ''}")
+                    self._report(f"{type(cause).__name__}: {lines[0] if lines else ''}")
                 return None
         return compiled
 
@@ -310,8 +307,46 @@ def count_kept_rows(rows: int, drop_path: float) -> int:
 SHARED: Skills = ("shared",)
 
 
-#: A layer or a residual branch: tokens, active skills, bias, and for a layer also row weights.
+#: A layer or a branch of it: tokens, active skills or weights, padding, and for a layer also rows.
 LayerCall = Callable[..., Tensor]
+
+
+class LayerWeights(NamedTuple):
+    """What the computation of a layer reads, as tensors of the active skills together.
+
+    Args:
+        attention: see :meth:`SkillAttention.merge`.
+        feedforward: see :meth:`SkillFeedForward.merge`; nothing for experts.
+        norms: scale and shift of both norms.
+    """
+
+    attention: tuple[Product, ...]
+    feedforward: tuple[Product, ...]
+    norms: tuple[tuple[Tensor, Tensor], ...]
+
+    def list_tensors(self) -> list[Tensor]:
+        """Return the weights that the layer has."""
+        return [each for each in self._flatten() if each is not None]
+
+    def _flatten(self) -> Iterator[Tensor | None]:
+        for products in self:
+            yield from chain(*products)
+
+    def describe(self) -> tuple[Any, ...]:
+        """Return what the graph of a layer depends on."""
+        return tuple(
+            each if each is None else (type(each), each.shape, each.dtype, each.requires_grad)
+            for each in self._flatten()
+        )
+
+    def detach(self) -> "LayerWeights":
+        """Return the same values as plain tensors, without a gradient."""
+        attention, feedforward = (
+            tuple((w.detach(), None if b is None else b.detach()) for w, b in products)
+            for products in (self.attention, self.feedforward)
+        )
+        norms = tuple((scale.detach(), shift.detach()) for scale, shift in self.norms)
+        return LayerWeights(attention, feedforward, norms)
 
 
 class EncoderLayer(nn.Module):
@@ -353,8 +388,8 @@ class EncoderLayer(nn.Module):
         )
         #: Wraps a call of the layer, to gather the weights of the given skills around it.
         self.gather_weights: Callable[[LayerCall, Skills], LayerCall] | None = None
-        #: Compiles a call whose weights are gathered; other layers are compiled with the encoder.
-        self.compiler: PlanCompiler | None = None
+        #: Compiles the computation of the layer; None computes operation by operation.
+        self.compiler: LayerCompiler | None = None
 
     def forward(
         self,
@@ -373,34 +408,86 @@ class EncoderLayer(nn.Module):
         """
         if self.gather_weights is None:
             return self._run(x_BTD, skills, padding, draw)
-        has_shared = not (self.attention_skills and self.feedforward_skills)
-        has_own = self.attention_skills or self.feedforward_skills
-        active = (SHARED if has_shared else ()) + (skills if has_own else ())
         # The weights exist only inside the call, so a step cannot share merged ones.
         with share_merges(()):
-            call = self.gather_weights(self._run_gathered, active)
+            call = self.gather_weights(self._run, tuple(dict.fromkeys(chain(*self._own(skills)))))
             return call(x_BTD, skills, padding, draw)
 
-    def _run_gathered(self, x_BTD: Tensor, skills: Skills, *rest: Any) -> Tensor:
-        run, compiled = type(self)._run, None
-        if self.compiler is not None:
-            kind = self.attention_skills, self.feedforward_skills
-            compiled = self.compiler.find_compiled(self, run, x_BTD, skills, *rest, kind=kind)
-        return (compiled or run)(self, x_BTD, skills, *rest)
+    def _own(self, skills: Skills) -> tuple[Skills, Skills]:
+        """Return the keys of the weights that attention and feed-forward network read."""
+        attention = skills if self.attention_skills else SHARED
+        return attention, skills if self.feedforward_skills else SHARED
 
     def _run(
-        self,
-        x_BTD: Tensor,
-        skills: Skills,
-        padding: Padding,
-        draw: LayerDraw | None,
+        self, x_BTD: Tensor, skills: Skills, padding: Padding, draw: LayerDraw | None
     ) -> Tensor:
-        branches = ((self._attend, self.attention_norm), (self._feed, self.feedforward_norm))
-        for index, (branch, norm) in enumerate(branches):
+        weights = self.merge_weights(x_BTD, skills)
+        method, compiled = type(self)._compute, None
+        if self.compiler is not None:
+            # Of which kind they are may not decide on the graph of an evaluation.
+            weights = weights if torch.is_grad_enabled() else weights.detach()
+            compiled = self.compiler.find_compiled(self, method, x_BTD, weights, padding, draw)
+        return (compiled or method)(self, x_BTD, weights, padding, draw)
+
+    def merge_weights(self, x_BTD: Tensor, skills: Skills) -> LayerWeights:
+        """Return what the computation of the layer reads.
+
+        Args:
+            x_BTD: tokens.
+            skills: active skills, sorted.
+        """
+        attention, feedforward = self._own(skills)
+        merged = self.attention.merge(x_BTD, attention), self.feedforward.merge(x_BTD, feedforward)
+        return LayerWeights(*merged, self.list_norms())
+
+    def list_norms(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Return scale and shift of both norms."""
+        attention, feedforward = self.attention_norm, self.feedforward_norm
+        return (attention.weight, attention.bias), (feedforward.weight, feedforward.bias)
+
+    def prepare(
+        self, x_BTD: Tensor, skills: Skills, padding: Padding, draw: LayerDraw | None
+    ) -> bool:
+        """Compile the layer for some inputs; no weight is read, so shards stay where they are.
+
+        Args:
+            x_BTD: tokens of any value.
+            skills: active skills, sorted.
+            padding: see :meth:`forward`.
+            draw: see :meth:`forward`.
+
+        Returns:
+            Whether the output has a gradient.
+        """
+        kind = compute_dtype(x_BTD), x_BTD.device, self.gather_weights is not None
+        branches = self.attention.products, self.feedforward.products
+        attention, feedforward = (
+            tuple(
+                (weight.outline(own, *kind), None if bias is None else bias.outline(own, *kind))
+                for weight, bias in products
+            )
+            for products, own in zip(branches, self._own(skills), strict=True)
+        )
+
+        def outline_norm(p: Tensor) -> Tensor:
+            values = torch.ones(p.shape, dtype=p.dtype, device=x_BTD.device)
+            return nn.Parameter(values, p.requires_grad)
+
+        norms = tuple((outline_norm(p), outline_norm(q)) for p, q in self.list_norms())
+        weights = LayerWeights(attention, feedforward, norms)
+        weights = weights if torch.is_grad_enabled() else weights.detach()
+        assert self.compiler is not None
+        self.compiler.find_compiled(self, type(self)._compute, x_BTD, weights, padding, draw)
+        return any(each.requires_grad for each in (x_BTD, *weights.list_tensors()))
+
+    def _compute(
+        self, x_BTD: Tensor, weights: LayerWeights, padding: Padding, draw: LayerDraw | None
+    ) -> Tensor:
+        for index, branch in enumerate((self._attend, self._feed)):
             if isinstance(draw, tuple):
-                x_BTD = self._add(branch, x_BTD, skills, padding, draw[index])
+                x_BTD = self._add(branch, x_BTD, weights, padding, draw[index])
             else:
-                y_BTD = branch(x_BTD, skills, padding)
+                y_BTD = branch(x_BTD, weights, padding)
                 if draw is None:
                     x_BTD = x_BTD + y_BTD
                 elif torch.compiler.is_compiling():
@@ -408,35 +495,35 @@ class EncoderLayer(nn.Module):
                 else:
                     x_BTD = _WeightedSum.apply(x_BTD, y_BTD, draw[index])
             if self.is_post_norm:
-                x_BTD = norm(x_BTD)
+                x_BTD = self._normalize(x_BTD, weights.norms[index])
         return x_BTD
 
-    def normalize_input(self, norm: nn.LayerNorm, x_BTD: Tensor) -> Tensor:
+    def _normalize(self, x_BTD: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
+        scale, shift = norm
+        return F.layer_norm(x_BTD, x_BTD.shape[-1:], scale, shift, self.attention_norm.eps)
+
+    def normalize_input(self, x_BTD: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
         """Return the input of a branch, normalized in a pre-norm layer.
 
         Args:
-            norm: normalization of the branch.
             x_BTD: tokens.
+            norm: scale and shift of the norm of the branch.
         """
-        if self.is_post_norm:
-            return x_BTD
-        normalized: Tensor = norm(x_BTD)
-        return normalized
+        return x_BTD if self.is_post_norm else self._normalize(x_BTD, norm)
 
-    def _attend(self, x_BTD: Tensor, skills: Skills, padding: Padding) -> Tensor:
-        active = skills if self.attention_skills else SHARED
-        z_BTD = self.normalize_input(self.attention_norm, x_BTD)
-        return self.attention(z_BTD, active, padding)
+    def _attend(self, x_BTD: Tensor, weights: LayerWeights, padding: Padding) -> Tensor:
+        z_BTD = self.normalize_input(x_BTD, weights.norms[0])
+        return self.attention.compute(z_BTD, weights.attention, padding)
 
-    def _feed(self, x_BTD: Tensor, skills: Skills, padding: Padding) -> Tensor:
-        active = skills if self.feedforward_skills else SHARED
-        return self.feedforward(self.normalize_input(self.feedforward_norm, x_BTD), active)
+    def _feed(self, x_BTD: Tensor, weights: LayerWeights, padding: Padding) -> Tensor:
+        z_BTD = self.normalize_input(x_BTD, weights.norms[1])
+        return self.feedforward.compute(z_BTD, weights.feedforward)
 
     def _add(
         self,
         branch: LayerCall,
         x_BTD: Tensor,
-        skills: Skills,
+        weights: LayerWeights,
         padding: Padding,
         kept: KeptRows,
     ) -> Tensor:
@@ -449,7 +536,7 @@ class EncoderLayer(nn.Module):
             padding = RaggedRows.find(padding.mask_BT.index_select(0, kept.rows))
         elif padding is not None:
             padding = padding.index_select(0, kept.rows)
-        y = branch(x_BTD.index_select(0, places), skills, padding)[:count].to(x_BTD.dtype)
+        y = branch(x_BTD.index_select(0, places), weights, padding)[:count].to(x_BTD.dtype)
         return x_BTD.index_add(0, places[:count], y, alpha=kept.scale)
 
 
@@ -477,7 +564,7 @@ class KeptTokens:
 
     A token counts once in each layer. Later layers are kept first: the backward pass frees their
     tensors before it computes earlier ones again (Chen et al. 2016). A tower keeps whole quarters
-    of its layers, because each number of layers is a graph of its own for a compiler.
+    of its layers, which leaves more to a shorter one: each layer costs as many launches there.
 
     Args:
         limit: most tokens, over all layers and towers.
@@ -503,6 +590,9 @@ class KeptTokens:
 class Encoder(nn.Module):
     """Stack of encoder layers, and after pre-norm layers a final norm. (B, T, D) -> (B, T, D)."""
 
+    #: Whether the computation of a layer is a graph that depends on sizes alone.
+    can_compile = True
+
     def __init__(self, config: SkillNetConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
@@ -517,8 +607,35 @@ class Encoder(nn.Module):
         self.can_mask_rows = True
         #: Tokens whose tensors stay for the backward pass; None keeps all.
         self.kept_tokens: KeptTokens | None = None
-        #: Compiles the forward pass; None computes operation by operation.
-        self.compiler: PlanCompiler | None = None
+        #: Compiles layers; None computes operation by operation.
+        self.compiler: LayerCompiler | None = None
+
+    def compile_layers(self, compiler: LayerCompiler | None) -> None:
+        """Compute all layers with a compiler.
+
+        Args:
+            compiler: may serve several encoders; None ends compilation.
+        """
+        self.compiler = compiler
+        for layer in self.layers:
+            if isinstance(layer, EncoderLayer):
+                layer.compiler = compiler
+
+    def prepare(self, x_BTD: Tensor, skills: Skills, mask_BT: Tensor | None) -> None:
+        """Compile what a pass over such tokens needs, without a weight.
+
+        Args:
+            x_BTD: tokens of any value.
+            skills: active skills, sorted.
+            mask_BT: see :meth:`forward`.
+        """
+        x_BTD, mask_BT = pad_tokens(x_BTD, mask_BT)
+        padding = None if mask_BT is None else self._find_padding(mask_BT, x_BTD)
+        draws = self._draw_rows(x_BTD)
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, EncoderLayer)
+            has_gradient = layer.prepare(x_BTD, skills, padding, draws[index] if draws else None)
+            x_BTD = x_BTD.detach().requires_grad_(has_gradient)
 
     def forward(self, x_BTD: Tensor, skills: Skills, mask_BT: Tensor | None = None) -> Tensor:
         """Encode tokens (B, T, D) with the active skills.
@@ -528,21 +645,11 @@ class Encoder(nn.Module):
             skills: active skills, sorted.
             mask_BT: True at real tokens; None if all are real.
         """
-        first = self._find_first_kept(x_BTD)
+        first, draws = self._find_first_kept(x_BTD), self._draw_rows(x_BTD)
         if self.compiler is None:
-            return self._encode(x_BTD, skills, mask_BT, first, *self._draw_rows(x_BTD, None))
+            return self._encode(x_BTD, skills, mask_BT, first, draws)
         padded_BTD, padded_BT = pad_tokens(x_BTD, mask_BT)
-        # A graph has no numbers of rows that differ between steps.
-        draws = self._draw_rows(x_BTD, True)
-        encode: LayerCall | None = type(self)._encode
-        # Collectives between layers are no part of a graph.
-        if not self._gathers_weights():
-            encode = self.compiler.find_compiled(
-                self, type(self)._encode, padded_BTD, skills, padded_BT, first, *draws
-            )
-        if encode is None:
-            return self._encode(x_BTD, skills, mask_BT, first, *draws)
-        return encode(self, padded_BTD, skills, padded_BT, first, *draws)[:, : x_BTD.shape[1]]
+        return self._encode(padded_BTD, skills, padded_BT, first, draws)[:, : x_BTD.shape[1]]
 
     def _find_first_kept(self, x_BTD: Tensor) -> int:
         """Return the first layer whose tensors stay; those before it keep their input only."""
@@ -550,21 +657,22 @@ class Encoder(nn.Module):
             return 0
         return len(self.layers) - self.kept_tokens.take(x_BTD.shape[:2].numel(), len(self.layers))
 
-    def _draw_rows(self, x_BTD: Tensor, is_masked: bool | None) -> list[LayerDraw]:
+    def _draw_rows(self, x_BTD: Tensor) -> list[LayerDraw]:
         """Return the rows that each layer computes; nothing if no row is dropped."""
         if not self.training:
             return []
+        # A graph has no numbers of rows that differ between steps.
+        is_masked = None if self.compiler is None else True
         is_masked = is_masked if self.can_mask_rows else False
         return draw_kept_rows(x_BTD, len(self.layers), self.drop_path, is_masked) or []
 
-    def _gathers_weights(self) -> bool:
-        return any(
-            isinstance(layer, EncoderLayer) and layer.gather_weights is not None
-            for layer in self.layers
-        )
-
     def _encode(
-        self, x_BTD: Tensor, skills: Skills, mask_BT: Tensor | None, first: int, *draws: LayerDraw
+        self,
+        x_BTD: Tensor,
+        skills: Skills,
+        mask_BT: Tensor | None,
+        first: int,
+        draws: Sequence[LayerDraw],
     ) -> Tensor:
         # The bias is built once for all layers.
         padding: Padding = None

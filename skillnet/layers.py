@@ -18,6 +18,7 @@ communication.
 
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -321,12 +322,37 @@ class SkillLinear(nn.Module):
         self.bias = SkillWeights(skills, outputs, forms=forms) if has_bias else None
 
     def forward(self, x_BTI: Tensor, skills: Skills) -> Tensor:
-        dtype = compute_dtype(x_BTI)
-        return F.linear(x_BTI, self.weight.merged(skills, dtype), _merge(self.bias, skills, dtype))
+        return F.linear(x_BTI, *merge_product(self.parts, skills, compute_dtype(x_BTI)))
+
+    @property
+    def parts(self) -> "ProductParts":
+        """Weights and biases of the skills."""
+        return self.weight, self.bias
 
 
-def _merge(bias: SkillWeights | None, skills: Skills, dtype: torch.dtype) -> Tensor | None:
-    return None if bias is None else bias.merged(skills, dtype)
+#: Weights of a product, and its biases, if the model has some.
+ProductParts = tuple[SkillWeights, SkillWeights | None]
+#: The same, merged for the active skills.
+Product = tuple[Tensor, Tensor | None]
+
+
+def merge_product(parts: ProductParts, skills: Skills, dtype: torch.dtype) -> Product:
+    """Return the weight and the bias that replace those of all active skills.
+
+    Args:
+        parts: weights and biases of the skills.
+        skills: active skills, sorted.
+        dtype: type of the results.
+    """
+    weight, bias = parts
+    return weight.merged(skills, dtype), None if bias is None else bias.merged(skills, dtype)
+
+
+def _merge_products(
+    products: tuple[ProductParts, ...], skills: Skills, x_BTD: Tensor
+) -> tuple[Product, ...]:
+    dtype = compute_dtype(x_BTD)
+    return tuple(merge_product(parts, skills, dtype) for parts in products)
 
 
 class SkillFeedForward(nn.Module):
@@ -354,12 +380,28 @@ class SkillFeedForward(nn.Module):
         self.down_bias = SkillWeights(skills, dim, forms=forms) if has_bias else None
 
     def forward(self, x_BTD: Tensor, skills: Skills) -> Tensor:
-        dtype = compute_dtype(x_BTD)
+        return self.compute(x_BTD, self.merge(x_BTD, skills))
+
+    @property
+    def products(self) -> tuple[ProductParts, ...]:
+        """Weights of both products."""
+        return (self.up, self.up_bias), (self.down, self.down_bias)
+
+    def merge(self, x_BTD: Tensor, skills: Skills) -> tuple[Product, ...]:
+        """Return the weights that :meth:`compute` reads.
+
+        Args:
+            x_BTD: tokens.
+            skills: active skills, sorted.
+        """
         if self._has_copies(x_BTD, skills):
             skills = skills[:1]
-        up_bias, down_bias = (_merge(b, skills, dtype) for b in (self.up_bias, self.down_bias))
-        h_BTKF = F.gelu(F.linear(x_BTD, self.up.merged(skills, dtype), up_bias))
-        return F.linear(h_BTKF, self.down.merged(skills, dtype), down_bias)
+        return _merge_products(self.products, skills, x_BTD)
+
+    def compute(self, x_BTD: Tensor, weights: tuple[Product, ...]) -> Tensor:
+        """Compute the network from merged weights, (B, T, D) -> (B, T, D)."""
+        up, down = weights
+        return F.linear(F.gelu(F.linear(x_BTD, *up)), *down)
 
     def _has_copies(self, x_BTD: Tensor, skills: Skills) -> bool:
         """Return whether the active skills are copies, in inference: one computes all outputs.
@@ -372,8 +414,7 @@ class SkillFeedForward(nn.Module):
         # The host would wait for the comparison on a GPU, and a graph cannot branch on it.
         if uses_gpu_kernels(x_BTD) or torch.compiler.is_compiling():
             return False
-        parts = (self.up, self.up_bias, self.down, self.down_bias)
-        return all(part is None or part.has_copies(skills) for part in parts)
+        return all(part is None or part.has_copies(skills) for part in chain(*self.products))
 
     def flops(self, tokens: int, active: int) -> int:
         """Return the floating-point operations of a number of tokens and of active skills."""
@@ -404,4 +445,25 @@ class SkillAttention(nn.Module):
 
     def forward(self, x_BTD: Tensor, skills: Skills, padding: Padding = None) -> Tensor:
         """Attend over all real tokens of each row, see :func:`multihead_attention`."""
-        return self.out(multihead_attention(self.qkv(x_BTD, skills), self.heads, padding), skills)
+        return self.compute(x_BTD, self.merge(x_BTD, skills), padding)
+
+    @property
+    def products(self) -> tuple[ProductParts, ...]:
+        """Weights of both products."""
+        return self.qkv.parts, self.out.parts
+
+    def merge(self, x_BTD: Tensor, skills: Skills) -> tuple[Product, ...]:
+        """Return the weights that :meth:`compute` reads.
+
+        Args:
+            x_BTD: tokens.
+            skills: active skills, sorted.
+        """
+        return _merge_products(self.products, skills, x_BTD)
+
+    def compute(
+        self, x_BTD: Tensor, weights: tuple[Product, ...], padding: Padding = None
+    ) -> Tensor:
+        """Compute attention from merged weights, (B, T, D) -> (B, T, D)."""
+        qkv, out = weights
+        return F.linear(multihead_attention(F.linear(x_BTD, *qkv), self.heads, padding), *out)

@@ -4,16 +4,15 @@ Shapes: B batch, T tokens, D model width, E width of the retrieval space.
 """
 
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from skillnet.config import SkillNetConfig
-from skillnet.encoder import Encoder, EncoderLayer, PlanCompiler
+from skillnet.encoder import Encoder
 from skillnet.flops import task_flops
-from skillnet.layers import Skills
 from skillnet.modalities.tokens import TokenStem
 from skillnet.modality import find_stem, stem_names
 from skillnet.multitask_model import Batch, TaskModel, Tokens
@@ -87,30 +86,6 @@ class SkillNet(TaskModel):
             ValueError: the model lacks a skill or stem of the plan, or an input has the wrong size.
         """
         return mean_pool(*self.tokens(batch, plan))
-
-    def enable_compilation(self, report: Callable[[str], None], backend: str = "inductor") -> None:
-        """Compile the encoder, or its layers if they gather their weights, once per plan.
-
-        See :class:`skillnet.encoder.PlanCompiler`.
-
-        Args:
-            report: receives a line for each plan that cannot be compiled.
-            backend: compiler that ``torch.compile`` uses, such as ``inductor``.
-        """
-
-        def report_plan(skills: Skills, cause: str) -> None:
-            tasks = [
-                name
-                for name, task in self.config.tasks.items()
-                if skills in {plan.skills for plan in task.towers.values()}
-            ]
-            plan = f"{', '.join(tasks)}: the plan {'+'.join(skills)}"
-            report(f"{plan} runs without compilation ({cause})")
-
-        self.encoder.compiler = PlanCompiler(report_plan, backend)
-        for layer in self.encoder.layers:
-            if isinstance(layer, EncoderLayer):
-                layer.compiler = self.encoder.compiler
 
     # -- packages --------------------------------------------------------------------------
 

@@ -247,7 +247,7 @@ class SkillWeights(nn.Module):
         Raises:
             ValueError: an unknown skill.
         """
-        # A graph has no state, and its weights may change between two calls.
+        # An exported graph has no state, and its weights may change between two calls.
         if torch.compiler.is_compiling():
             return self._merge(skills, dtype)
         # In training mode the next step changes the weights, so caching would only hold memory.
@@ -306,6 +306,28 @@ class SkillWeights(nn.Module):
         # CPUs keep weights of these sizes in their caches, and a compiler fuses plain operations.
         is_eager = not torch.compiler.is_compiling()
         return part.dtype != dtype and is_eager and uses_gpu_kernels(part)
+
+    def outline(
+        self, skills: Skills, dtype: torch.dtype, device: torch.device, is_gathered: bool
+    ) -> Tensor:
+        """Return zeros of the shape and kind of a merged weight, without reading a weight.
+
+        Args:
+            skills: active skills.
+            dtype: type of the merged weight.
+            device: where it is used.
+            is_gathered: ranks gather the weights in ``dtype``.
+        """
+        sources = self._read_parameters(skills)
+        size = list(self.shape)
+        if self.axis is not None:
+            size[self.axis] *= len(skills)
+        has_gradient = any(part.requires_grad for part in sources)
+        values = torch.zeros(size, dtype=dtype, device=device)
+        # The weight of one skill is itself, unless it is rounded.
+        if len(sources) == 1 and (is_gathered or sources[0].dtype == dtype):
+            return nn.Parameter(values, has_gradient)
+        return values.requires_grad_(has_gradient)
 
     def merge_flops(self, skills: Skills) -> int:
         """Return the operations of computing the whole weights of low-rank skills.

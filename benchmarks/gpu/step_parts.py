@@ -9,9 +9,10 @@ import torch
 from benchmarks.gpu.bench import GpuBench
 from benchmarks.measure import Result, Spread, plain, spread
 from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.loop.compilation import compile_layers
 from pipelines.training.loop.gradient_sync import GradientSync
 from pipelines.training.loop.optimizer import build_optimizer, update_weights
-from pipelines.training.loop.setup import compile_plans, trainable_parameters
+from pipelines.training.loop.setup import trainable_parameters
 from pipelines.training.loop.step import backward_step
 from skillnet.multitask_model import TaskModel
 from skillnet.precision import choose_precision
@@ -40,6 +41,8 @@ class StepRunner:
         config: settings of the run.
         device: where the model is.
         model: is trained; None builds the one of the configuration.
+
+    ``compile_s`` is the time of its compilation in seconds.
     """
 
     def __init__(
@@ -53,10 +56,12 @@ class StepRunner:
         self.model = model.train()
         training = config.training
         self.model.limit_kept_tokens(training.kept_tokens)
-        if training.compile:
-            compile_plans(self.model)
         self._precision = choose_precision(training.precision, device)
         self._active = trainable_parameters(self.model, config)
+        began = time.perf_counter()
+        if training.compile:
+            compile_layers(config, self.model, self.model, self._precision)
+        self.compile_s = time.perf_counter() - began
         trained = dict(pair for pairs in self._active.values() for pair in pairs)
         self.optimizer = build_optimizer(trained.items(), training)
         self._sync = GradientSync(self._active, 1)
@@ -126,6 +131,7 @@ def measure_steps(
             torch.cuda.empty_cache()
             continue
         yield Result(name, "", "s per step", *spread(seconds), "", bench.rounds, setting)
+        yield plain(name, "s of the compilation", runner.compile_s, setting=setting)
         yield plain(name, "s of the first step", first, setting=setting)
         yield Result(name, "", "rows per second", *_inverse(seconds, rows), setting=setting)
         planner = RunPlanner(own, bench.card, 1)

@@ -18,7 +18,7 @@ from skillnet.baselines import moe_layers, size_matching
 from skillnet.baselines.moe_layers import ExpertFeedForward, RoutingResult
 from skillnet.bounds import DropProbability, LayerSize, check_bounds
 from skillnet.config import SkillNetConfig
-from skillnet.encoder import Encoder, EncoderLayer
+from skillnet.encoder import Encoder, EncoderLayer, LayerWeights
 from skillnet.layers import PackedRows, Padding, RaggedRows, Skills
 from skillnet.model import SkillNet
 from skillnet.multitask_model import Batch, Outputs
@@ -91,8 +91,12 @@ class ExpertLayer(EncoderLayer):
         self.routings: list[RoutingResult] = []
         self.stores_routings = False
 
-    def _feed(self, x_BTD: Tensor, skills: Skills, padding: Padding) -> Tensor:
-        x = self.normalize_input(self.feedforward_norm, x_BTD)
+    def merge_weights(self, x_BTD: Tensor, skills: Skills) -> LayerWeights:
+        attention, _ = self._own(skills)
+        return LayerWeights(self.attention.merge(x_BTD, attention), (), self.list_norms())
+
+    def _feed(self, x_BTD: Tensor, weights: LayerWeights, padding: Padding) -> Tensor:
+        x = self.normalize_input(x_BTD, weights.norms[1])
         if isinstance(padding, PackedRows):
             # Copies that fill up packed tokens are no load of an expert.
             y, routing = self.feedforward(x[: padding.real])
@@ -110,6 +114,9 @@ class ExpertLayer(EncoderLayer):
 
 class ExpertEncoder(Encoder):
     """Encoder with experts in every n-th layer."""
+
+    # The rows of an expert depend on values.
+    can_compile = False
 
     def __init__(self, config: SkillNetConfig, options: MoEOptions) -> None:
         super().__init__(config)
@@ -147,15 +154,6 @@ class MoE(SkillNet):
         for layer in self.expert_layers:
             layer.stores_routings = False
         return outputs
-
-    def enable_compilation(self, report: Callable[[str], None], backend: str = "inductor") -> None:
-        """Report that the system is not compiled: the rows of an expert depend on values.
-
-        Args:
-            report: receives the line.
-            backend: is not used.
-        """
-        report(f"the system {self.system} runs without compilation")
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
         """Return the weighted balance and z losses: sums over layers of means over towers."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipelines.training.config.run import FinetuneConfig
-from pipelines.training.loop import setup, sharding
+from pipelines.training.loop import loop, setup, sharding
 from pipelines.training.loop.loop import train_model
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.setup import build_model
@@ -216,7 +216,7 @@ def compare_compiled(rank: int, world: int, config: FinetuneConfig) -> None:
     from torch._dynamo.utils import counters
 
     expected = train_model(ResolvedRun(config), rank=rank, world=world)
-    setup.compile_plans = partial(setup.compile_plans, backend="aot_eager")
+    loop.compile_layers = partial(loop.compile_layers, backend="aot_eager")
     config.training.compile = True
     with torch._dynamo.config.patch(error_on_recompile=True):
         found = train_model(ResolvedRun(config), rank=rank, world=world)

@@ -161,8 +161,8 @@ class TrainingConfig:
         kept_tokens: tokens, counted in each encoder layer, whose tensors a worker keeps for the
             backward pass. Beyond them a layer keeps its input only and is computed again: with 0 a
             third more operations, and far less memory. Null keeps all.
-        compile: compile the encoder with ``torch.compile``, once per plan, or with ``sharding``
-            each layer; for GPUs. A plan that cannot be compiled is reported, and runs without.
+        compile: compile layers with ``torch.compile`` before the first step; for GPUs. Where that
+            fails, the run says why and continues without.
             Results differ in rounding.
         profile_start: first of five steps that ``torch.profiler`` records; its traces are in
             ``profiles`` of the run's folder. Null records none.

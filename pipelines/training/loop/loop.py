@@ -15,6 +15,7 @@ from pipelines.data.shards import row_threads
 from pipelines.training.evaluation.tables import compute_overall_score
 from pipelines.training.loading.dataloader import prefetch_batches
 from pipelines.training.loop import checkpointing, preemption
+from pipelines.training.loop.compilation import compile_layers
 from pipelines.training.loop.optimizer import (
     BestWeights,
     WeightAverage,
@@ -153,6 +154,9 @@ def train_model(
         groups,
     )
     model, active, sync, shards = replica.model, replica.active, replica.sync, replica.shards
+    if settings.compile:
+        stepping = model if shards is None else shards.runner.model
+        compile_layers(config, stepping, model, precision, groups.rank, groups.world)
     # Weights that no step changes have no place in the optimizer.
     trained = dict(chain.from_iterable(active.values()))
     optimizer = build_optimizer(trained.items(), settings)

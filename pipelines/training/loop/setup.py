@@ -29,13 +29,11 @@ from pipelines.training.loop.task_groups import TaskGroups
 from pipelines.training.runs import checkpoints
 from pipelines.training.runs.identity import open_corpora
 from pipelines.training.runs.vocabulary_match import read_corpora_vocabulary
-from skillnet.model import SkillNet
 from skillnet.multitask_model import TaskModel
 from skillnet.precision import ComputePrecision
 from skillnet.serialization import read_manifest, read_vocabulary
 from skillnet.skipped_init import SkippedInit, leave_out, placed_weights
 from skillnet.systems import build_system, find_system
-from skillnet_platform import console
 from skillnet_platform.cluster.capacity import require_gpus
 from skillnet_platform.errors import UserError, suggest_name
 from skillnet_platform.storage.cache import GB, LIMIT_VARIABLE, shared_cache
@@ -377,28 +375,6 @@ class TrainingReplica:
         return None if self.shards is None else self.shards.group
 
 
-def compile_plans(*models: TaskModel, rank: int = 0, backend: str = "inductor") -> None:
-    """Compile the plans of a run; the first rank names those that cannot be compiled.
-
-    Args:
-        *models: one module, or with shards those of training and of evaluation.
-        rank: index of this process among the workers, from 0.
-        backend: compiler that ``torch.compile`` uses, such as ``inductor``.
-    """
-    reported = set[str]()
-
-    def report(line: str) -> None:
-        if rank == 0 and line not in reported:
-            reported.add(line)
-            console.print_warning(f"training.compile: {line}")
-
-    for model in models:
-        if isinstance(model, SkillNet):
-            model.enable_compilation(report, backend)
-        else:
-            report(f"the system {model.system} runs without compilation")
-
-
 def build_replica(
     config: FinetuneConfig,
     corpora: Mapping[str, PreparedCorpus],
@@ -446,8 +422,6 @@ def build_replica(
     resting = find_unused_files(config)
     model.place_weights(place, precision.weights, resting)
     model.limit_kept_tokens(settings.kept_tokens)
-    if settings.compile:
-        compile_plans(model, rank=rank)
     # The broadcast makes weights bitwise equal even if nodes compute initial weights differently.
     if world > 1 and checkpoint is None:
         files = model.files_of()
@@ -512,8 +486,6 @@ def _build_shards(
     structure, whole = (build_structure(config, corpora, precision.weights) for _ in range(2))
     require_sharding(structure)
     structure.limit_kept_tokens(settings.kept_tokens)
-    if settings.compile:
-        compile_plans(structure, whole, rank=rank)
     active = trainable_parameters(structure, config)
     # The first rank alone holds the whole model, on the host, until it has sent all parts.
     if rank:

@@ -155,7 +155,7 @@ def test_a_part_of_compiled_steps_compiles_the_model(
     bench: GpuBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled: list[object] = []
-    monkeypatch.setattr(step_parts, "compile_plans", compiled.append)
+    monkeypatch.setattr(step_parts, "compile_layers", lambda *given: compiled.append(given))
     part = list_parts(1, bench)["steps/base/compiled/text_classification"]
     settings = [each.setting for each in part(bench)]
     assert len(compiled) == 1

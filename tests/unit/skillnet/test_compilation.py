@@ -1,4 +1,4 @@
-"""Compiled plans: one graph each, equal results, and a plan that cannot be compiled."""
+"""Compiled layers: one graph for as many skills, equal results, and layers without a compiler."""
 
 from typing import Any
 
@@ -6,21 +6,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines.training.loop.setup import compile_plans
-from skillnet.baselines.moe import MoE, MoEOptions
-from skillnet.encoder import PlanCompiler
+from skillnet import skill_weights
+from skillnet.encoder import LayerCompiler
 from skillnet.model import SkillNet
+from skillnet.precision import assume_gpu
+from skillnet.skill_weights import share_merges
 from skillnet.skills import masked_tasks
 from tests.helpers.small_models import small_config, towers_of
 
-#: The masked task has the plan of the text task; the other one has two plans.
+#: The masked task has the plan of the text task; the other one has two plans of as many skills.
 TASKS = ("text_classification", "text_to_image", "masked_text")
 
 
 def build_model() -> SkillNet:
     torch.manual_seed(0)
     tasks = {**small_config().tasks, **masked_tasks()}
-    config = small_config(num_layers=1, tasks={name: tasks[name] for name in TASKS})
+    config = small_config(num_layers=2, tasks={name: tasks[name] for name in TASKS})
     return SkillNet(config).double()
 
 
@@ -46,7 +47,7 @@ def run_step(model: SkillNet, task: str, rows: int, tokens: int) -> dict[str, Te
     return {**{key: x.detach() for key, x in outputs.items()}, **gradients}
 
 
-def test_each_plan_is_one_graph_for_all_batches() -> None:
+def test_plans_with_as_many_skills_are_one_graph_for_all_batches() -> None:
     # The processes of other tests start seconds earlier without the compiler.
     from torch._dynamo.utils import counters
 
@@ -56,7 +57,8 @@ def test_each_plan_is_one_graph_for_all_batches() -> None:
     torch._dynamo.reset()
     counters.clear()
     problems: list[str] = []
-    model.enable_compilation(problems.append, "eager")
+    compiler = LayerCompiler(problems.append, "eager")
+    model.encoder.compile_layers(compiler)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for task in TASKS:
             for size in sizes:
@@ -64,24 +66,42 @@ def test_each_plan_is_one_graph_for_all_batches() -> None:
                 torch.testing.assert_close(
                     found, expected[task, *size], rtol=1e-9, atol=1e-9, msg=lambda m, t=task: t + m
                 )
-    # Plans: text, text with alignment, image with alignment.
+    # Two and three skills with padding (texts), and three without (images).
     assert counters["stats"]["unique_graphs"] == 3
     model.eval()
     with torch.no_grad():
         for rows, tokens in sizes:
             towers = make_towers(model, "text_classification", rows, tokens)
+            model.encoder.compile_layers(compiler)
             found = model("text_classification", towers)["logits"]
-            compiler, model.encoder.compiler = model.encoder.compiler, None
+            model.encoder.compile_layers(None)
             torch.testing.assert_close(found, model("text_classification", towers)["logits"])
-            model.encoder.compiler = compiler
     assert counters["stats"]["unique_graphs"] == 4
     assert not counters["graph_break"]
     assert problems == []
 
 
-def test_a_plan_that_cannot_be_compiled_is_reported_once(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_step_merges_each_weight_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merging is no part of a graph, so the towers and parts of a step share what it made."""
+    model = build_model().float().train()
+    model.encoder.compile_layers(LayerCompiler(print, "eager"))
+    merged: list[int] = []
+    merge = skill_weights.merge_rounded
+    monkeypatch.setattr(
+        skill_weights,
+        "merge_rounded",
+        lambda parts, plans, *rest: merged.append(len(plans)) or merge(parts, plans, *rest),
+    )
+    task = "text_to_image"
+    plans = [plan.skills for plan in model.config.tasks[task].towers.values()]
+    with assume_gpu(), torch.autocast("cpu", dtype=torch.bfloat16), share_merges(plans):
+        for _ in range(2):
+            run_step(model, task, 6, 7)
+    # Four matrices in each of two layers, for the plans of both towers.
+    assert merged == [2] * 8
+
+
+def test_layers_that_cannot_be_compiled_are_reported_once() -> None:
     model = build_model().train()
     expected = run_step(model, "text_classification", 4, 6)
 
@@ -89,29 +109,15 @@ def test_a_plan_that_cannot_be_compiled_is_reported_once(
         raise RuntimeError("no compiler for this processor\nand a second line")
 
     torch._dynamo.reset()
-    compile_plans(model)
-    compiler = model.encoder.compiler
-    assert compiler is not None
-    compiler._backend = fail
+    problems: list[str] = []
+    model.encoder.compile_layers(LayerCompiler(problems.append, fail))
     for _ in range(2):
         found = run_step(model, "text_classification", 4, 6)
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
     model.eval()
     with torch.no_grad():
         model("text_classification", make_towers(model, "text_classification", 4, 6))
-    lines = [line for line in capsys.readouterr().err.splitlines() if line]
-    assert len(lines) == 1
-    assert "training.compile: text_classification, masked_text: the plan general+text" in lines[0]
-    assert "no compiler for this processor" in lines[0]
-
-
-def test_experts_run_without_compilation(capsys: pytest.CaptureFixture[str]) -> None:
-    """Shards are two models, of training and of evaluation, and give one line."""
-    models = [MoE(small_config(num_layers=1), MoEOptions(experts=3)) for _ in range(2)]
-    compile_plans(*models)
-    assert all(model.encoder.compiler is None for model in models)
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
-    assert "training.compile: the system moe runs without compilation" in line
+    assert problems == ["RuntimeError: no compiler for this processor"]
 
 
 def test_lack_of_memory_is_no_failure_of_the_compiler() -> None:
@@ -121,8 +127,8 @@ def test_lack_of_memory_is_no_failure_of_the_compiler() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     torch._dynamo.reset()
-    problems: list[Any] = []
-    model.encoder.compiler = PlanCompiler(lambda *words: problems.append(words), fill_memory)
+    problems: list[str] = []
+    model.encoder.compile_layers(LayerCompiler(problems.append, fill_memory))
     with pytest.raises(Exception, match="out of memory"):
         run_step(model, "text_classification", 4, 6)
     assert problems == []

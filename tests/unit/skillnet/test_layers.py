@@ -292,10 +292,11 @@ def test_drop_path_leaves_out_a_share_of_the_rows_and_scales_the_rest() -> None:
     torch.manual_seed(0)
     layer = EncoderLayer(small_config(drop_path=0.25), 0).double()
     x = torch.randn(8, 3, 8, dtype=torch.float64, requires_grad=True)
-    branch = layer._attend(x, ("text",), None)
+    weights = layer.merge_weights(x, ("text",))
+    branch = layer._attend(x, weights, None)
     drawn = draw_kept_rows(x, 1, 0.25)
     assert drawn is not None
-    y = layer._add(layer._attend, x, ("text",), None, drawn[0][0])
+    y = layer._add(layer._attend, x, weights, None, drawn[0][0])
     moved = (y - x).abs().amax((1, 2)) > 0
     assert moved.sum() == 6
     torch.testing.assert_close(y[moved], (x + branch * 8 / 6)[moved])
