@@ -16,7 +16,7 @@ Inactive skills are not read. They get no gradient, no weight decay, no optimize
 communication.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
@@ -379,16 +379,13 @@ class SkillFeedForward(nn.Module):
         self.up_bias = SkillWeights(skills, hidden, axis=0, forms=forms) if has_bias else None
         self.down_bias = SkillWeights(skills, dim, forms=forms) if has_bias else None
 
-    def forward(self, x_BTD: Tensor, skills: Skills) -> Tensor:
-        return self.compute(x_BTD, self.merge(x_BTD, skills))
-
     @property
     def products(self) -> tuple[ProductParts, ...]:
         """Weights of both products."""
         return (self.up, self.up_bias), (self.down, self.down_bias)
 
     def merge(self, x_BTD: Tensor, skills: Skills) -> tuple[Product, ...]:
-        """Return the weights that :meth:`compute` reads.
+        """Return the weights that :meth:`forward` reads.
 
         Args:
             x_BTD: tokens.
@@ -398,8 +395,7 @@ class SkillFeedForward(nn.Module):
             skills = skills[:1]
         return _merge_products(self.products, skills, x_BTD)
 
-    def compute(self, x_BTD: Tensor, weights: tuple[Product, ...]) -> Tensor:
-        """Compute the network from merged weights, (B, T, D) -> (B, T, D)."""
+    def forward(self, x_BTD: Tensor, weights: tuple[Product, ...]) -> Tensor:
         up, down = weights
         return F.linear(F.gelu(F.linear(x_BTD, *up)), *down)
 
@@ -443,17 +439,13 @@ class SkillAttention(nn.Module):
         self.qkv = SkillLinear(skills, dim, 3 * dim, std=std, has_bias=has_bias, forms=forms)
         self.out = SkillLinear(skills, dim, dim, std=out_std, has_bias=has_bias, forms=forms)
 
-    def forward(self, x_BTD: Tensor, skills: Skills, padding: Padding = None) -> Tensor:
-        """Attend over all real tokens of each row, see :func:`multihead_attention`."""
-        return self.compute(x_BTD, self.merge(x_BTD, skills), padding)
-
     @property
     def products(self) -> tuple[ProductParts, ...]:
         """Weights of both products."""
         return self.qkv.parts, self.out.parts
 
     def merge(self, x_BTD: Tensor, skills: Skills) -> tuple[Product, ...]:
-        """Return the weights that :meth:`compute` reads.
+        """Return the weights that :meth:`forward` reads.
 
         Args:
             x_BTD: tokens.
@@ -461,9 +453,47 @@ class SkillAttention(nn.Module):
         """
         return _merge_products(self.products, skills, x_BTD)
 
-    def compute(
+    def forward(
         self, x_BTD: Tensor, weights: tuple[Product, ...], padding: Padding = None
     ) -> Tensor:
-        """Compute attention from merged weights, (B, T, D) -> (B, T, D)."""
+        """Attend over all real tokens of each row, see :func:`multihead_attention`."""
         qkv, out = weights
         return F.linear(multihead_attention(F.linear(x_BTD, *qkv), self.heads, padding), *out)
+
+
+class LayerWeights(NamedTuple):
+    """What the computation of a layer reads, as tensors of the active skills together.
+
+    Args:
+        attention: see :meth:`SkillAttention.merge`.
+        feedforward: see :meth:`SkillFeedForward.merge`; nothing for experts.
+        norms: scale and shift of both norms.
+    """
+
+    attention: tuple[Product, ...]
+    feedforward: tuple[Product, ...]
+    norms: tuple[tuple[Tensor, Tensor], ...]
+
+    def list_tensors(self) -> list[Tensor]:
+        """Return the weights that the layer has."""
+        return [each for each in self._flatten() if each is not None]
+
+    def _flatten(self) -> Iterator[Tensor | None]:
+        for products in self:
+            yield from chain(*products)
+
+    def describe(self) -> tuple[Any, ...]:
+        """Return what the graph of a layer depends on."""
+        return tuple(
+            each if each is None else (type(each), each.shape, each.dtype, each.requires_grad)
+            for each in self._flatten()
+        )
+
+    def detach(self) -> "LayerWeights":
+        """Return the same values as plain tensors, without a gradient."""
+        attention, feedforward = (
+            tuple((w.detach(), None if b is None else b.detach()) for w, b in products)
+            for products in (self.attention, self.feedforward)
+        )
+        norms = tuple((scale.detach(), shift.detach()) for scale, shift in self.norms)
+        return LayerWeights(attention, feedforward, norms)

@@ -18,8 +18,8 @@ from skillnet.baselines import moe_layers, size_matching
 from skillnet.baselines.moe_layers import ExpertFeedForward, RoutingResult
 from skillnet.bounds import DropProbability, LayerSize, check_bounds
 from skillnet.config import SkillNetConfig
-from skillnet.encoder import Encoder, EncoderLayer, LayerWeights
-from skillnet.layers import PackedRows, Padding, RaggedRows, Skills
+from skillnet.encoder import Encoder, EncoderLayer
+from skillnet.layers import LayerWeights, PackedRows, Padding, RaggedRows, Skills
 from skillnet.model import SkillNet
 from skillnet.multitask_model import Batch, Outputs
 from skillnet.systems import SizeMatch, System

@@ -3,7 +3,8 @@
 import torch
 
 from pipelines.training.config.run import FinetuneConfig
-from skillnet.encoder import LayerCompiler, place_rows
+from skillnet.encoder import place_rows
+from skillnet.layer_compiler import LayerCompiler
 from skillnet.modality import find_modality, find_stem
 from skillnet.model import SkillNet
 from skillnet.multitask_model import TaskModel

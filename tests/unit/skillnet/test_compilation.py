@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from skillnet import skill_weights
-from skillnet.encoder import LayerCompiler
+from skillnet.layer_compiler import LayerCompiler
 from skillnet.model import SkillNet
 from skillnet.precision import assume_gpu
 from skillnet.skill_weights import share_merges

@@ -116,10 +116,10 @@ def test_any_plan_in_any_order_equals_the_loop(chosen: set[str], random) -> None
     attention = SkillAttention(SKILLS, 8, 2, std=0.3, out_std=0.3).double()
     feedforward = SkillFeedForward(SKILLS, 8, 5, std=0.3, out_std=0.3).double()
     x = torch.randn(2, 3, 8, dtype=torch.float64)
-    assert_same(attention(x, skills), loop_attention(attention, x, skills, None), _named(attention))
-    assert_same(
-        feedforward(x, skills), loop_feedforward(feedforward, x, skills), _named(feedforward)
-    )
+    y = attention(x, attention.merge(x, skills))
+    assert_same(y, loop_attention(attention, x, skills, None), _named(attention))
+    y = feedforward(x, feedforward.merge(x, skills))
+    assert_same(y, loop_feedforward(feedforward, x, skills), _named(feedforward))
 
 
 def _named(module: torch.nn.Module) -> dict[str, Tensor]:

@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipelines.training.evaluation.inference import batches_by_length, split_inputs
 from skillnet.encoder import EncoderLayer
-from skillnet.layers import SkillAttention, SkillWeights
+from skillnet.layers import SkillAttention, SkillFeedForward
 from skillnet.model import SkillNet
 from skillnet.model_merging import add_skill
 from skillnet.skills import SkillPlan
@@ -39,7 +39,8 @@ COLUMNS = ("measure", "modality", "task", "layer", "module", "skill", "other", "
 #: Name of the untrained skill that serves as baseline.
 UNTRAINED = "untrained"
 
-Modules = dict[tuple[int, str], nn.Module]
+SkillModule = SkillAttention | SkillFeedForward
+Modules = dict[tuple[int, str], SkillModule]
 Pairs = dict[tuple[str, str], float | None]
 
 
@@ -157,11 +158,11 @@ def _collect_outputs(
     real: list[Tensor | None] = [None]
 
     def listen(key: tuple[int, str]) -> Any:
-        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        def hook(module: Any, arguments: tuple[Any, ...]) -> None:
             x, more = arguments[0], arguments[2:]
             for name, outputs in parts[key].items():
                 # Calling forward directly skips this hook.
-                y = type(module).forward(module, x, (name,), *more)
+                y = type(module).forward(module, x, module.merge(x, (name,)), *more)
                 outputs.append(_take_real(y, real[0]))
 
         return hook
@@ -201,13 +202,9 @@ def _sample_rows(lengths: np.ndarray, tokens: int) -> np.ndarray:
     return np.sort(order[:enough])
 
 
-def _flat_weights(module: nn.Module, skill: str) -> Tensor:
+def _flat_weights(module: SkillModule, skill: str) -> Tensor:
     """Return all weights of a skill in a module as one vector."""
-    if isinstance(module, SkillAttention):
-        parts: list[SkillWeights] = [module.qkv.weight, module.out.weight]
-    else:
-        parts = [module.up, module.down]  # type: ignore[list-item]
-    return torch.cat([part.get(skill).detach().flatten() for part in parts])
+    return torch.cat([part.get(skill).detach().flatten() for part, _ in module.products])
 
 
 def _cosines(vectors: Mapping[str, Tensor]) -> Pairs:
