@@ -1,9 +1,9 @@
-"""Tables of the quickstart over several seeds, for the README and docs/results/quickstart.md.
+"""Table of the quickstart over several seeds, for docs/results/quickstart.md.
 
 ``python -m tools.docs.quickstart_tables runs/seed-0 runs/seed-1 …`` reads the runs that
 ``skillnet quickstart --seed N --name seed-N`` left, writes their figures as one dated CSV, and
-writes both tables between the results marks of the two pages. ``--csv FILE`` writes the pages again
-from a committed CSV.
+writes a table between the results marks of the page. ``--csv FILE`` writes the page again from a
+committed CSV.
 
 Each figure of a run has its interval over held-out units in the CSV. :func:`combine_intervals`
 joins them with the variation over seeds.
@@ -26,7 +26,6 @@ from tools.docs.page_marks import put
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "lab" / "results"
-README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "results" / "quickstart.md"
 
 #: (task, split, metric) of the rows of the full table.
@@ -43,17 +42,6 @@ FULL_ROWS = (
     ("text_to_code", "test", "recall_at_1"),
     ("text_to_code", "test", "recall_at_10"),
     ("text_to_code", "test_unseen_package", "recall_at_10"),
-)
-#: The README's five rows: the headline metric of each task.
-README_ROWS = tuple(
-    (task, "test", metric)
-    for task, metric in (
-        ("text_classification", "accuracy"),
-        ("speech_recognition", "token_error_rate"),
-        ("text_to_image", "recall_at_10"),
-        ("text_to_video", "recall_at_10"),
-        ("text_to_code", "recall_at_10"),
-    )
 )
 #: What the intervals cover, and what bold figures say.
 SOURCES = "over seeds and held-out units"
@@ -141,15 +129,6 @@ def result_table(rows: Rows, keys: tuple[RowKey, ...]) -> str:
     return "\n".join(lines)
 
 
-def readme_text(rows: Rows) -> str:
-    """Return the text between the README's results marks."""
-    seeds = list(dict.fromkeys(row["seed"] for row in rows if row["system"] == "skillnet"))
-    return (
-        f"{result_table(rows, README_ROWS)}\n\nPer cent on held-out data. SkillNet: mean of "
-        f"{len(seeds)} seeds with the 95 % interval {SOURCES}. {BOLD}"
-    )
-
-
 def page_text(rows: Rows, csv_name: str) -> str:
     """Return the text between the results marks of docs/results/quickstart.md.
 
@@ -170,7 +149,7 @@ def page_text(rows: Rows, csv_name: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the CSV and the tables of both pages."""
+    """Write the CSV and the table of the page."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.docs.quickstart_tables", description=__doc__
     )
@@ -193,7 +172,6 @@ def main(argv: list[str] | None = None) -> int:
             baselines = baselines or read_csv_rows(run / "simple_baselines.csv")
         rows = baselines + rows
         write_csv(path, rows)
-    put(README, "results", readme_text(rows))
     put(PAGE, "results", page_text(rows, path.name))
     print(result_table(rows, FULL_ROWS))
     return 0

@@ -1,10 +1,10 @@
 """Tables of kept studies for docs/results: ``python -m tools.docs.study_tables``.
 
-The final study and the study of many tasks have a page each, and the studies beside the final one
-share another. Each block belongs to one question and one or two studies below ``lab/results``. The
-report is computed again from the sums of units, and its answer and some of its tables are written
-between the marks of its page. A block whose studies are not complete says so: the preregistration
-allows no look at a part of the final study.
+The final study, that of many tasks and that of a stream have a page each, and the studies beside
+the final one share another. Each block belongs to one question and one or two studies below
+``lab/results``. The report is computed again from the sums of units, and its answer and some of its
+tables are written between the marks of its page. A block whose studies are not complete says so:
+the preregistrations allow no look at a part of a study.
 """
 
 import argparse
@@ -29,7 +29,9 @@ from tools.docs.study_rates import build_change_table
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "lab" / "results"
 PAGES = ROOT / "docs" / "results"
-FINAL_PAGE, BESIDE_PAGE, SCALE_PAGE = (PAGES / f"{n}.md" for n in ("final", "beside", "scale"))
+FINAL_PAGE, BESIDE_PAGE, SCALE_PAGE, STREAM_PAGE = (
+    PAGES / f"{name}.md" for name in ("final", "beside", "scale", "stream")
+)
 
 #: Facts that are the same on each day. The pages state machine and precision once.
 FACTS = ("runs evaluated",)
@@ -97,6 +99,7 @@ BLOCKS = {
         ("skillnet", "dense-deep", "dense-modality"),
     ),
     "scale": StudyBlock(("scale",), (CLAIMS, SCALE), page=SCALE_PAGE),
+    "stream": StudyBlock(("stream",), (CLAIMS,), page=STREAM_PAGE),
     "budget": StudyBlock(("budget",), ("Budget until dense's final score",)),
 }
 
