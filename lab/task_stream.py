@@ -547,6 +547,20 @@ COST_COLUMNS = (
 )
 
 
+def count_changed(records: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """Return how many outputs changed after their task was learned, and of how many.
+
+    Args:
+        records: those of the cells of a system.
+    """
+    pairs = [
+        (before["outputs"], each["after"][task]["outputs"])
+        for each in records
+        for task, before in each["before"].items()
+    ]
+    return sum(before != after for before, after in pairs), len(pairs)
+
+
 def tabulate_costs(kept: Path, tasks: Sequence[str]) -> list[tuple[str, ...]]:
     """Return a row per system: outputs that changed after they were learned, and mean costs.
 
@@ -565,19 +579,14 @@ def tabulate_costs(kept: Path, tasks: Sequence[str]) -> list[tuple[str, ...]]:
         own = [run for run in runs if run.label == label]
         costs = [run.to_scores().costs[task] for run in own for task in tasks]
         found = [records[run.folder.name] for run in own]
-        pairs = [
-            (before["outputs"], each["after"][task]["outputs"])
-            for each in found
-            for task, before in each["before"].items()
-        ]
-        changed = sum(before != after for before, after in pairs)
+        changed, count = count_changed(found)
         weights = [fmean(each["trained"].values()) for each in found]
         # A joint training adds a task by training all of them again.
         seconds = [fmean(each["seconds"].values()) for each in found]
         rows.append(
             (
                 label,
-                f"{changed} of {len(pairs)}" if pairs else "–",
+                f"{changed} of {count}" if count else "–",
                 f"{4e-6 * fmean(run.total_params for run in own):.1f}",
                 f"{4e-6 * fmean(cost.activated for cost in costs):.1f}",
                 f"{1e-6 * fmean(cost.flops for cost in costs):.1f}",

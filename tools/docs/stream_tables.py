@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lab.task_stream import COST_COLUMNS, RECORD, tabulate_costs
+from lab.task_stream import COST_COLUMNS, RECORD, count_changed, tabulate_costs
 from skillnet_evidence.cells import markdown_table
 from skillnet_evidence.claims import estimate_difference
 from skillnet_evidence.comparison import MEAN, SHARED_MEAN, SystemComparison
@@ -109,19 +109,6 @@ class StreamResults:
         assert share is not None
         return estimate_mean(build_fold_sample(lost, share))
 
-    def count_changed(self, label: str) -> tuple[int, int]:
-        """Return how many outputs changed after their task was learned, and of how many.
-
-        Args:
-            label: name of a system.
-        """
-        pairs = [
-            (before["outputs"], record["after"][task]["outputs"])
-            for _, record in self.find_cells(label)
-            for task, before in record["before"].items()
-        ]
-        return sum(before != after for before, after in pairs), len(pairs)
-
     def count_equal(self, label: str, other: str) -> tuple[int, int]:
         """Return how many outputs after the stream are equal in two systems, and of how many.
 
@@ -185,7 +172,7 @@ def describe_loss(found: StreamResults, label: str) -> str:
     lost = found.estimate_loss(label, found.old_tasks)
     if lost is None:
         return "0, the base is kept"
-    changed, count = found.count_changed(label)
+    changed, count = count_changed([own for _, own in found.find_cells(label)])
     if not changed:
         return f"0, {count} of {count} outputs equal"
     return _format_points(lost)
