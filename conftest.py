@@ -22,6 +22,8 @@ os.environ.setdefault("MLFLOW_WORKERS", "1")
 for name in ("COLUMNS", "MLFLOW_TRACKING_URI", "RAY_ADDRESS", "SKILLNET_DEBUG"):
     os.environ.pop(name, None)
 
+#: First word of the groups of tests that share a Ray.
+RAY = "ray"
 CPUS = 4
 GPUS = 2
 
@@ -54,10 +56,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         fixtures = getattr(item, "fixturenames", ())
         group = item.path.name
         if "ray_session" in fixtures:
-            group = "ray, files before p" if group < "test_p" else "ray, other files"
+            group = f"{RAY}, files before p" if group < "test_p" else f"{RAY}, other files"
         elif item.path in all_stores:
             group = "stores"
         item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.hookimpl(trylast=True)  # after the fixtures of the test, which may need Ray
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """End Ray after the last test of its group: waiting, it would take a twelfth of a core."""
+
+    def find_group(each: pytest.Item) -> str:
+        marker = each.get_closest_marker("xdist_group")
+        return str(marker.args[0]) if marker else ""
+
+    group = find_group(item)
+    if "PYTEST_XDIST_WORKER" not in os.environ or nextitem is None or not group.startswith(RAY):
+        return
+    if find_group(nextitem) != group:
+        for fixture in item.session._fixturemanager.getfixturedefs("ray_session", item) or ():
+            fixture.finish(item._request)  # type: ignore[attr-defined]
 
 
 def pytest_collection_finish() -> None:

@@ -38,8 +38,8 @@ from skillnet_evidence.comparison import MEAN
 from skillnet_evidence.scores import SPLIT
 from skillnet_evidence.statistics import RunSample
 from skillnet_platform.tables import write_csv
-from skillnet_studies.analysis.finished_runs import compare_runs, label_runs, read_run
-from skillnet_studies.study.study import read_study_ledger
+from skillnet_studies.analysis.finished_runs import compare_runs, label_runs
+from skillnet_studies.study.study import read_study_runs
 
 FOLD_UNITS = Path(__file__).with_name("fold_units.csv")
 #: ``fold`` of ``configs/studies/final.yaml``.
@@ -173,7 +173,7 @@ def read_residuals(folder: Path = RESULTS / "final") -> dict[tuple[str, str], ND
     Args:
         folder: the kept study.
     """
-    runs = label_runs([read_run(path, label) for label, path in read_study_ledger(folder)[1]])
+    runs = label_runs(read_study_runs(folder))
     comparison = compare_runs(runs)
     residuals: dict[tuple[str, str], NDArray[np.float64]] = {}
     for task in comparison.common_tasks:

@@ -49,6 +49,7 @@ from sweeps.trials.trial import Trial, TrialOutcome
 
 if TYPE_CHECKING:
     from lab.stream_arms import ArmModels, ArmTraining, StreamCell
+    from skillnet_studies.analysis.finished_runs import FinishedRun
     from skillnet_studies.study.tuning import TuningResult
 
 #: Entry of the kept file, and file of a cell: its costs and observations.
@@ -561,23 +562,20 @@ def count_changed(records: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
     return sum(before != after for before, after in pairs), len(pairs)
 
 
-def tabulate_costs(kept: Path, tasks: Sequence[str]) -> list[tuple[str, ...]]:
+def tabulate_costs(
+    runs: "Sequence[FinishedRun]", records: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]
+) -> list[tuple[str, ...]]:
     """Return a row per system: outputs that changed after they were learned, and mean costs.
 
     Args:
-        kept: path of the kept results.
+        runs: finished cells.
+        records: name of a cell -> its costs and observations.
         tasks: added tasks, over which costs are averaged.
     """
-    from skillnet_studies.analysis.finished_runs import read_run
-    from skillnet_studies.study.kept_results import KeptStudy, open_study
-    from skillnet_studies.study.study import read_study_ledger
-
-    records = KeptStudy(kept).content.get(RECORD, {})
-    runs = [read_run(folder, label) for label, folder in read_study_ledger(open_study(kept))[1]]
     rows: list[tuple[str, ...]] = []
     for label in dict.fromkeys(run.label for run in runs):
         own = [run for run in runs if run.label == label]
-        costs = [run.to_scores().costs[task] for run in own for task in tasks]
+        costs = [each[task] for each in (run.to_scores().costs for run in own) for task in tasks]
         found = [records[run.folder.name] for run in own]
         changed, count = count_changed(found)
         weights = [fmean(each["trained"].values()) for each in found]
@@ -611,9 +609,14 @@ def run_stream(argv: list[str] | None = None) -> None:
         "python -m lab.task_stream --config studies/stream --keep lab/results",
         ("name", "folds", "keep", "run.data", "stream.steps", "stream.only_folds"),
     )
+    from skillnet_studies.study.kept_results import KeptStudy
+    from skillnet_studies.study.study import read_study_runs
+
     study = StreamStudy(config)
     study.run_cells(study.tune_rates())
-    console.print_table("costs", COST_COLUMNS, tabulate_costs(study.path, study.plan.tasks))
+    records = KeptStudy(study.path).content[RECORD]
+    costs = tabulate_costs(read_study_runs(study.path), records, study.plan.tasks)
+    console.print_table("costs", COST_COLUMNS, costs)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,7 +5,9 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -84,3 +86,19 @@ def kill_family(process: "subprocess.Popen[str] | subprocess.Popen[bytes]") -> s
         return ""
     parts = [part for part in process.communicate() if part is not None]
     return "\n".join(part if isinstance(part, str) else part.decode() for part in parts)
+
+
+def make_counting(reported: list[int], folder: Path, stack: ExitStack) -> Callable[[float], None]:
+    """Return a side of a benchmark that computes for a number of seconds in an empty folder.
+
+    It is here because its process imports its module, which should be done at once.
+    """
+    assert not list(folder.iterdir())
+    reported.append(0)
+
+    def work(seconds: float) -> None:
+        end = time.process_time() + seconds
+        while time.process_time() < end:
+            pass
+
+    return work

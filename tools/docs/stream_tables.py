@@ -22,10 +22,10 @@ from skillnet_evidence.format import format_interval
 from skillnet_evidence.plot_kit import COLORS, MARKERS, encode_svg, make_figure, style_axes
 from skillnet_evidence.scores import SPLIT
 from skillnet_evidence.statistics import ScoreEstimate, build_fold_sample, estimate_mean
-from skillnet_studies.analysis.finished_runs import FinishedRun, compare_runs, label_runs, read_run
+from skillnet_studies.analysis.finished_runs import FinishedRun, compare_runs, label_runs
 from skillnet_studies.study.kept_results import KeptStudy, open_study
-from skillnet_studies.study.study import read_study_ledger
 from tools.docs.page_marks import put
+from tools.docs.study_rates import read_once
 from tools.docs.study_tables import NOT_COMPLETE, RESULTS, ROOT, STREAM_PAGE, is_complete
 
 if TYPE_CHECKING:
@@ -56,12 +56,10 @@ class StreamResults:
     """Finished cells of the stream.
 
     Args:
-        path: the kept study, without the suffix of its files.
         runs: the cells.
         records: name of a cell -> its costs and observations, see :mod:`lab.task_stream`.
     """
 
-    path: Path
     runs: Sequence[FinishedRun]
     records: dict[str, dict[str, Any]]
 
@@ -157,9 +155,7 @@ def read_stream(path: Path = RESULTS / "stream") -> StreamResults | None:
     folder = open_study(path)
     if not is_complete(folder):
         return None
-    members = read_study_ledger(folder)[1]
-    runs = [read_run(run, label) for label, run in members]
-    return StreamResults(path, runs, KeptStudy(path).content[RECORD])
+    return StreamResults(read_once(folder), KeptStudy(path).content[RECORD])
 
 
 def describe_loss(found: StreamResults, label: str) -> str:
@@ -304,7 +300,9 @@ def render_page(found: StreamResults | None) -> dict[str, str]:
     """
     if found is None:
         return dict.fromkeys(("stream-arms", "stream-costs"), NOT_COMPLETE)
-    costs = markdown_table(COST_COLUMNS, tabulate_costs(found.path, found.added_tasks), 6)
+    costs = markdown_table(
+        COST_COLUMNS, tabulate_costs(found.runs, found.records, found.added_tasks), 6
+    )
     return {"stream-arms": tabulate_arms(found), "stream-costs": costs}
 
 

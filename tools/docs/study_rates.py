@@ -8,6 +8,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,9 +19,9 @@ from skillnet_evidence.comparison import MEAN
 from skillnet_evidence.format import format_interval, format_setting
 from skillnet_platform.errors import UserError
 from skillnet_platform.tables import show_table
-from skillnet_studies.analysis.finished_runs import FinishedRun, compare_runs, label_runs, read_run
-from skillnet_studies.study.kept_results import read_study_config
-from skillnet_studies.study.study import read_study_ledger
+from skillnet_studies.analysis.finished_runs import FinishedRun, compare_runs, label_runs
+from skillnet_studies.study.kept_results import open_study, read_study_config
+from skillnet_studies.study.study import read_study_ledger, read_study_runs
 from skillnet_studies.study.tuning import (
     RATE,
     RATE_KEYS,
@@ -103,9 +104,13 @@ def build_change_table(first: Path, again: Path) -> ReportTable:
     )
 
 
+#: Final runs of an unpacked study. Several tables show them, and no file of the copy changes.
+read_once = cache(read_study_runs)
+
+
 def read_kept_runs(folder: Path) -> list[FinishedRun]:
     """Return the labelled final runs of a kept study."""
-    return label_runs([read_run(path, label) for label, path in read_study_ledger(folder)[1]])
+    return label_runs(read_once(open_study(folder)))
 
 
 def _select_trials(own: TuningResult, stage: Stage) -> list[dict[str, Any]]:

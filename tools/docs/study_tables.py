@@ -17,14 +17,14 @@ from skillnet_evidence.cells import ReportTable
 from skillnet_evidence.comparison import MEAN, find_common_replicates
 from skillnet_evidence.tables import ReferenceScores
 from skillnet_platform.storage import read_json
-from skillnet_studies.analysis.finished_runs import FinishedRun, compare_runs, label_runs, read_run
+from skillnet_studies.analysis.finished_runs import FinishedRun, compare_runs, label_runs
 from skillnet_studies.config.study import STUDY_FILE, STUDY_LEDGER
 from skillnet_studies.report.report import ComparisonReport, build_report, list_notices
 from skillnet_studies.study.kept_results import RESERVE_RECORD, open_study, read_study_config
 from skillnet_studies.study.reserve import collect_reserve_runs, drop_tests
 from skillnet_studies.study.study import build_final_trials, read_study_ledger
 from tools.docs.page_marks import put
-from tools.docs.study_rates import build_change_table
+from tools.docs.study_rates import build_change_table, read_once
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "lab" / "results"
@@ -130,13 +130,12 @@ def build_block_report(block: StudyBlock, results: Path = RESULTS) -> Comparison
     folders = [open_study(results / name) for name in block.studies]
     if not all(is_complete(folder) for folder in folders):
         return None
-    members = [each for folder in folders for each in read_study_ledger(folder)[1]]
     if block.is_reserve:
         if not is_reserve_open(folders[0]):
             return None
-        runs = collect_reserve_runs(members)
+        runs = collect_reserve_runs(read_study_ledger(folders[0])[1])
     else:
-        runs = [read_run(folder, label) for label, folder in members]
+        runs = [run for folder in folders for run in read_once(folder)]
     if block.systems:
         runs = select_runs(runs, block.systems)
     config = read_study_config(folders[0])

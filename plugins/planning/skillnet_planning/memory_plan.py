@@ -7,6 +7,7 @@ the code that trains. :func:`describe_overflow` is the check of ``skillnet submi
 
 import itertools
 import math
+from bisect import bisect_left
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -311,13 +312,15 @@ class RunPlanner:
             return None  # the system cannot compute layers again
         most = max(self.rows_per_worker(task) for task in self.config.trained)
         most = min(most, options.micro_batch_size or most)
-        size = 1 << max((most - 1).bit_length() - 1, 0)
-        while size >= fewest:
-            smaller = replace(options, micro_batch_size=size)
-            if self._fits_with(smaller):
-                return smaller
-            size //= 2
-        return None
+        largest = max((most - 1).bit_length() - 1, 0)
+        smaller = [
+            replace(options, micro_batch_size=1 << power)
+            for power in range(largest, -1, -1)
+            if 1 << power >= fewest
+        ]
+        # A smaller part needs less memory, and a step is counted in a second, so few are.
+        first = bisect_left(smaller, True, key=self._fits_with)
+        return smaller[first] if first < len(smaller) else None
 
     def propose_larger_part(self, prefix: str = "") -> str:
         """Return the option with the largest micro-batch that fits; empty if none is larger.

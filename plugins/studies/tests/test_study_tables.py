@@ -1,20 +1,35 @@
-"""Blocks of the page of results: which studies they need, and what they show."""
+"""Blocks of the pages of results: which studies they need, and what they show.
+
+And of the stream of tasks: losses of the records, bytes of its models, its tables and its figure.
+"""
 
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
 from plugins.studies.tests.kept_studies import CLAIM, keep_study
 from skillnet_evidence.claims import estimate_difference
 from skillnet_evidence.comparison import MEAN
-from skillnet_studies.analysis.finished_runs import compare_runs, label_runs, read_run
+from skillnet_studies.analysis.finished_runs import compare_runs, label_runs
 from skillnet_studies.config.study import NOTICE, STUDY_LEDGER
-from skillnet_studies.study.kept_results import RESERVE_RECORD, change_kept, write_document
+from skillnet_studies.study.kept_results import (
+    RESERVE_RECORD,
+    change_kept,
+    open_study,
+    write_document,
+)
 from skillnet_studies.study.study import read_study_ledger
-from tools.docs import study_tables
+from tools.docs import stream_tables, study_tables
 from tools.docs.page_marks import between
-from tools.docs.study_rates import build_change_table, build_rates_table, choose_rates_again
+from tools.docs.stream_tables import StreamResults, read_stream
+from tools.docs.study_rates import (
+    build_change_table,
+    build_rates_table,
+    choose_rates_again,
+    read_once,
+)
 from tools.docs.study_rates import main as show_rates
 from tools.docs.study_tables import (
     BESIDE_PAGE,
@@ -22,6 +37,7 @@ from tools.docs.study_tables import (
     NOT_COMPLETE,
     RATE_CHANGES,
     RESULTS,
+    STREAM_PAGE,
     StudyBlock,
     render_block,
     select_runs,
@@ -79,10 +95,8 @@ def test_the_page_shows_what_the_kept_studies_give(name: str) -> None:
 
 def test_a_gain_from_pretraining_stands_beside_its_further_training() -> None:
     """The pages gave +3.5 by pretraining, and none said that it is at twice the training."""
-    members = [
-        each for name in ("rates", "longer") for each in read_study_ledger(RESULTS / name)[1]
-    ]
-    runs = label_runs([read_run(folder, label) for label, folder in members])
+    folders = [open_study(RESULTS / name) for name in ("rates", "longer")]
+    runs = label_runs([run for folder in folders for run in read_once(folder)])
     systems = ("skillnet-long", "skillnet-pretrained")
     compared = compare_runs(select_runs(runs, systems), "skillnet-long")
     more = estimate_difference(compared, *systems, MEAN)
@@ -139,3 +153,49 @@ def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str], tmp_pa
     with pytest.raises(SystemExit):
         show_rates([str(tmp_path / "nowhere")])
     assert "nowhere" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def stream() -> StreamResults:
+    kept = read_stream()
+    assert kept is not None
+    return kept
+
+
+def test_the_pages_show_the_kept_stream(stream: StreamResults) -> None:
+    assert between(stream_tables.README, "results") == stream_tables.tabulate_readme(stream)
+    for name, text in stream_tables.render_page(stream).items():
+        assert between(STREAM_PAGE, name) == text
+    figure = stream_tables.encode_svg(stream_tables.draw_stream(stream))
+    assert stream_tables.FIGURE.read_text(encoding="utf-8") == figure
+
+
+def test_a_part_of_the_stream_is_not_shown(tmp_path: Path) -> None:
+    folder = keep_study(tmp_path, "stream", {"skillnet": 0.5})
+    with change_kept(folder) as kept:
+        kept.content[STUDY_LEDGER]["runs"].pop()
+    assert read_stream(folder) is None
+    assert set(stream_tables.render_page(None).values()) == {NOT_COMPLETE}
+
+
+def test_losses_are_those_of_the_records(stream: StreamResults) -> None:
+    cells = [own for run, own in stream.find_cells("replay-100")]
+    expected = fmean(
+        own["before"][task]["score"] - own["after"][task]["score"]
+        for own in cells
+        for task in stream.old_tasks
+    )
+    lost = stream.estimate_loss("replay-100", stream.old_tasks)
+    assert lost is not None
+    assert lost.value == pytest.approx(expected)
+    assert lost.low < expected < lost.high
+    # Copies leave the base as it is.
+    assert stream.estimate_loss("full-100", stream.old_tasks) is None
+
+
+def test_bytes_of_an_added_task_are_those_of_its_weights(stream: StreamResults) -> None:
+    """What the sizes of whole models leave is what a growth trained, by another way of counting."""
+    heads = fmean(x for _, own in stream.find_cells("head-100") for x in own["trained"].values())
+    assert stream.count_added_bytes("head-100") == pytest.approx(4 * heads)
+    assert stream.count_added_bytes("replay-100") == pytest.approx(4 * heads)
+    assert stream.count_added_bytes("full-100") > stream.count_added_bytes("grow-100") > 4 * heads

@@ -15,6 +15,7 @@ import yaml
 from lab import stream_arms
 from lab.stream_arms import ArmModels, StreamCell, find_equal_rank, list_arms
 from lab.task_stream import (
+    RECORD,
     CellPlace,
     StreamConfig,
     StreamPlan,
@@ -34,6 +35,7 @@ from skillnet_platform.errors import UserError
 from skillnet_studies.compare import compare
 from skillnet_studies.config.study import StudyConfig, SystemConfig, TuningConfig
 from skillnet_studies.study.kept_results import TUNING, KeptStudy, change_kept
+from skillnet_studies.study.study import read_study_runs
 from tests.helpers.prepared_corpora import change_corpus
 from tests.helpers.sixth_corpus import write_labelled_clips
 from tests.helpers.small_corpora import small_config, write_corpora
@@ -132,7 +134,12 @@ def test_all_arms_read_equal_rows_and_are_kept_and_compared(
     assert sizes["grow"] == sizes["merge"] == sizes["average"]
     assert sizes["head"] < sizes["lora"] < sizes["grow"] < sizes["full"]
 
-    costs = {row[0]: row for row in tabulate_costs(study.path, config.stream.tasks)}
+    costs = {
+        row[0]: row
+        for row in tabulate_costs(
+            read_study_runs(study.path), kept.content[RECORD], config.stream.tasks
+        )
+    }
     assert costs["grow-50"][1] == costs["merge-50"][1] == "0 of 4"
     assert costs["full-50"][1] == "–"
     operations = {

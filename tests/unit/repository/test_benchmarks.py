@@ -3,9 +3,6 @@
 import csv
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +26,7 @@ from benchmarks.measure import (
 from benchmarks.training_step import DenseEncoder, LoopEncoder, Sizes, skillnet_step
 from pipelines.data.shards.jpeg import encode_jpeg
 from skillnet.encoder import Encoder
+from tests.helpers.processes import make_counting
 from tests.helpers.small_models import small_config
 from tests.helpers.waiting import wait_until
 
@@ -151,22 +149,9 @@ def test_an_epoch_of_every_contender_has_every_row(tmp_path: Path) -> None:
     assert all(np.array_equal(found[0][n], found[1][n]) for n in range(6))
 
 
-def _counting(reported: list[int], folder: Path, stack: ExitStack) -> Callable[[float], None]:
-    """Return a contender that computes for a number of seconds in an empty folder."""
-    assert not list(folder.iterdir())
-    reported.append(0)
-
-    def work(seconds: float) -> None:
-        end = time.process_time() + seconds
-        while time.process_time() < end:
-            pass
-
-    return work
-
-
 def test_each_side_is_a_process_of_its_own() -> None:
     mine = [1]
-    with side(_counting, mine) as one, side(_counting, mine) as other:
+    with side(make_counting, mine) as one, side(make_counting, mine) as other:
         took = rounds_of({"one": one, "other": other}, 2, 0.4)
     assert mine == [1], "what a side does to its arguments is nobody else's"
     assert {name: len(each) for name, each in took.items()} == {"one": 2, "other": 2}

@@ -41,6 +41,7 @@ from sweeps.trials.trial import Trial, TrialOutcome
 
 if TYPE_CHECKING:
     from skillnet_platform.tracking import Tracker
+    from skillnet_studies.analysis.finished_runs import FinishedRun
 
 #: Files that exist from the start of a study.
 START_FILES = (STUDY_FILE, RUN)
@@ -338,6 +339,20 @@ def read_study_ledger(folder: Path) -> tuple[dict[str, TuningResult], list[tuple
         if entry["status"] == "finished"
     ]
     return tuning, runs
+
+
+def read_study_runs(folder: Path) -> "list[FinishedRun]":
+    """Read the finished runs of a study; their labels are those of its ledger.
+
+    Args:
+        folder: directory of the study, or path of its kept results.
+
+    Raises:
+        UserError: a file of a run is damaged.
+    """
+    from skillnet_studies.analysis.finished_runs import read_run
+
+    return [read_run(path, label) for label, path in read_study_ledger(folder)[1]]
 
 
 def list_final_runs(config: StudyConfig) -> list[tuple[str, Path]]:
