@@ -84,9 +84,12 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-def pytest_unconfigure() -> None:
-    """Free the libraries at the end: one of them reports objects that nobody frees."""
-    gc.unfreeze()
+def pytest_configure(config: pytest.Config) -> None:
+    """Free the libraries at the end: one of them reports objects that nobody frees.
+
+    What is added first is done last: pytest searches for garbage five times before.
+    """
+    config.add_cleanup(gc.unfreeze)
 
 
 @pytest.fixture(scope="session", autouse=True)
