@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,6 @@ from skillnet_evidence.rows import (
     group_tests,
 )
 from skillnet_evidence.scale import (
-    ScalePoint,
     build_scale_table,
     collect_scale,
     draw_scale_figure,
@@ -127,8 +127,6 @@ class ComparisonReport:
         comparison: computed results.
         claims: claims with verdicts.
         tables: tables, in order; the first is the table that the page shows unfolded.
-        evidence: name -> figure beside the answer: differences, and scores against operations.
-        figures: name -> further figure, in order.
         captions: name of a figure -> caption.
         skills: name -> figure about the skills of the reference.
         skills_note: text that names the model of these figures.
@@ -144,8 +142,6 @@ class ComparisonReport:
     comparison: SystemComparison
     claims: Sequence[ClaimResult]
     tables: list[ReportTable]
-    evidence: "dict[str, Figure]"
-    figures: "dict[str, Figure]"
     captions: dict[str, str] = field(default_factory=dict)
     skills: "dict[str, Figure]" = field(default_factory=dict)
     skills_note: str = ""
@@ -178,6 +174,19 @@ class ComparisonReport:
             counts.insert(0, f"{holding} of {len(self.claims)} claims hold")
         return ", ".join(counts)
 
+    @cached_property
+    def evidence(self) -> "dict[str, Figure]":
+        """Name -> figure beside the answer: differences, and scores against operations."""
+        return _draw_evidence(self.comparison, self.claims, self.references)
+
+    @cached_property
+    def figures(self) -> "dict[str, Figure]":
+        """Name -> further figure, in order."""
+        finished = list_finished(self.comparison).items()
+        return draw_plots(
+            self.comparison, {label: [run.history for run in runs] for label, runs in finished}
+        )
+
     @property
     def origin(self) -> str:
         """One line with the commit, the dates and the machine."""
@@ -204,14 +213,16 @@ def build_report(
     known = find_reference_scores(comparison) if references is None else references
     claims = evaluate_claims(comparison, rules)
     budgets = estimate_budgets(comparison, read_validation_curves)
-    scale = collect_scale(build_summary_rows(comparison))
     tables = [
         *build_tables(
             comparison,
             known,
             describe_references(comparison),
             budgets,
-            [build_scale_table(scale), *build_cost_tables(comparison)],
+            [
+                build_scale_table(collect_scale(build_summary_rows(comparison))),
+                *build_cost_tables(comparison),
+            ],
         ),
         build_seed_table(comparison),
         build_settings_table(comparison),
@@ -226,11 +237,6 @@ def build_report(
         comparison,
         claims,
         tables,
-        _draw_evidence(comparison, claims, known, scale),
-        draw_plots(
-            comparison,
-            {label: [r.history for r in runs] for label, runs in list_finished(comparison).items()},
-        ),
         captions=_build_captions(comparison),
         references=known,
         budgets=budgets,
@@ -262,8 +268,8 @@ def _draw_evidence(
     comparison: SystemComparison,
     claims: Sequence[ClaimResult],
     references: ReferenceScores,
-    scale: Sequence[ScalePoint],
 ) -> "dict[str, Figure]":
+    scale = collect_scale(build_summary_rows(comparison))
     groups = group_claims(build_claim_rows(claims)) or group_tests(build_test_rows(comparison))
     if scale:
         # The figure of the series has the costs, and a line for each of many systems.
