@@ -11,8 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Annotated, Any
 
-from annotated_types import GroupedMetadata
-
 from skillnet_platform.errors import UserError
 
 #: Keys by which jsonargparse, Hydra and Lightning create objects from a configuration.
@@ -27,8 +25,8 @@ FIXED = "skillnet_fixed"
 def child_types(hint: Any, with_bounds: bool = False) -> dict[str, Any] | None:
     """Return the types below a type: fields of a dataclass, ``{"*": V}`` of ``dict[str, V]``."""
     hint = without_none(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return field_types(hint, with_bounds)
+    if isinstance(hint, type):
+        return field_types(hint, with_bounds) if dataclasses.is_dataclass(hint) else None
     if typing.get_origin(hint) in (dict, Mapping) and len(typing.get_args(hint)) == 2:
         return {"*": typing.get_args(hint)[1]}
     return None
@@ -71,7 +69,8 @@ def field_types(cls: type, with_bounds: bool = False) -> dict[str, Any]:
 
 def without_none(hint: Any) -> Any:
     """Return ``T`` for ``T | None``, and any other type unchanged."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+    # Most types are plain classes, and a configuration asks a thousand times.
+    if not isinstance(hint, type) and typing.get_origin(hint) in (typing.Union, types.UnionType):
         rest = [arg for arg in typing.get_args(hint) if arg is not type(None)]
         return rest[0] if len(rest) == 1 else hint
     return hint
@@ -249,13 +248,10 @@ def describe_type(hint: Any) -> str:
 
 def bounds_of(notes: Sequence[Any]) -> dict[str, float]:
     """Return the bounds in the notes of an ``Annotated`` type: {"ge": 0, "lt": 1}."""
-    found: dict[str, float] = {}
-    for note in notes:
-        for each in note if isinstance(note, GroupedMetadata) else (note,):
-            for kind in ("gt", "ge", "lt", "le"):
-                if hasattr(each, kind):
-                    found[kind] = getattr(each, kind)
-    return found
+    ends = (
+        (kind, getattr(note, kind, None)) for note in notes for kind in ("gt", "ge", "lt", "le")
+    )
+    return {kind: end for kind, end in ends if end is not None}
 
 
 def fits_bounds(hint: Any, value: Any) -> bool:
