@@ -76,20 +76,17 @@ def kill(step: int, rank: int | None, **more: Any) -> dict[str, Any]:
     return {"rank": rank, "step": step, "kind": "kill"} | more
 
 
-SLOW = pytest.mark.slow("test_faults.py::test_killed_processes_of_one_run")
 #: Faults of one run. Each is a restart of the workers, which takes a quarter of a minute or more.
 FAULTS = [kill(3, 1), kill(5, None), kill(7, 0, victim="controller"), kill(9, 0, kind="raise")]
 #: SIGSTOP: the worker neither ends nor answers; the timeout of the others notices it.
 STOPPED = [kill(5, 1, kind="stop")]
 
 
+@pytest.mark.slow("test_faults.py::test_a_worker_and_then_the_driver_killed")
 @pytest.mark.parametrize(
     ("faults", "training"),
-    [
-        pytest.param(FAULTS[:1], {}, id="a worker"),
-        pytest.param(FAULTS, {}, id="workers, all workers, the controller", marks=SLOW),
-        pytest.param(STOPPED, {"collective_timeout_s": 45}, id="stopped", marks=SLOW),
-    ],
+    [(FAULTS, {}), (STOPPED, {"collective_timeout_s": 45})],
+    ids=["workers, all workers, the controller", "stopped"],
 )
 def test_killed_processes_of_one_run(
     faults: list[dict[str, Any]],
@@ -129,17 +126,21 @@ def start_run(
     )
 
 
-def test_a_driver_killed(data: Path, tmp_path: Path, undisturbed: Undisturbed) -> None:
+def test_a_worker_and_then_the_driver_killed(
+    data: Path, tmp_path: Path, ray_session: Any, undisturbed: Undisturbed
+) -> None:
     config = config_for(data, tmp_path, "driver", workers=2)
     run = tmp_path / "driver"
-    fault = json.dumps(kill(3, 0, victim="driver"))
-    with start_run(config, tmp_path, **{VARIABLE: fault}) as process:
+    faults = json.dumps([kill(3, 1), kill(7, 0, victim="driver")])
+    with start_run(config, tmp_path, **{VARIABLE: faults}) as process:
         said, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == -signal.SIGKILL, said
+    assert {path.name for path in (run / "faults").iterdir()} == {"0-kill-3", "1-kill-7"}
     assert not (run / "model").exists()
     result = finetune(config)
-    assert (result["step"], result["world"], result["resumed"]) == (STEPS, 2, 2)
+    assert (result["step"], result["world"], result["resumed"]) == (STEPS, 2, 6)
     assert same(tensors(run, STEPS), undisturbed(2, "fp32"))
+    assert steps_of(run) == list(range(1, STEPS + 1)), "each step is on record"
 
 
 @pytest.mark.slow("test_preemption.py::test_file_of_the_driver_requests_a_stop")
@@ -189,7 +190,7 @@ RAY_ADDRESS=127.0.0.1:6379 "$@"; echo second $?
     os.geteuid() != 0 or shutil.which("unshare") is None or shutil.which("ip") is None,
     reason="needs root, unshare and iproute2: it ends every Ray of its process namespace",
 )
-@pytest.mark.slow("test_faults.py::test_a_driver_killed")
+@pytest.mark.slow("test_faults.py::test_a_worker_and_then_the_driver_killed")
 def test_the_raylet_killed_and_the_head_started_again(
     data: Path, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:

@@ -29,12 +29,14 @@ SEAMS = {
     "a run in a store that resumes": ("test_mirror.py", "test_an_empty_disk_resumes_to_the_bit"),
     "a store that goes away": ("test_mirror.py", "test_training_outlives_the_store"),
     "two workers of Ray": ("test_finetune.py", "test_two_ray_workers_reach_the_same_weights"),
-    "a killed worker": ("test_faults.py", "test_killed_processes_of_one_run"),
+    "a killed worker, and a killed driver": (
+        "test_faults.py",
+        "test_a_worker_and_then_the_driver_killed",
+    ),
     "a number of workers that changes": (
         "test_faults.py",
         "test_an_elastic_run_continues_with_the_nodes_that_are_left",
     ),
-    "a killed driver": ("test_faults.py", "test_a_driver_killed"),
     "a killed prepare": (
         "test_killed_commands.py",
         "test_a_command_killed_at_a_file_event_leaves_complete_files_and_resumes",
