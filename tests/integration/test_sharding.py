@@ -160,6 +160,7 @@ def assert_equal_runs(found: Path, expected: Path) -> None:
     assert not weights
 
 
+@pytest.mark.long
 def test_two_then_four_ranks_equal_one_process(data: Path, tmp_path: Path) -> None:
     config = add_linear_paths(small_config(data, steps=10, ema=0.9, max_grad_norm=0.5))
     config.evaluate = True

@@ -74,6 +74,7 @@ def parent(run_root: Path) -> Iterator[tracking.Tracker]:
         yield tracker
 
 
+@pytest.mark.long
 def test_asha_a_failure_and_a_resumed_sweep(
     data: Path,
     parent: tracking.Tracker,
@@ -222,6 +223,7 @@ def sweep_file(path: Path, run: FinetuneConfig, **more: Any) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_optuna_with_seeds_from_the_command_line(
     data: Path,
     run_root: Path,
