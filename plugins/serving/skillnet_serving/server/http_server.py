@@ -96,7 +96,8 @@ class OverloadError(HTTPException):
         super().__init__(503, f"{reason}; {RETRY_REMEDY}", RETRY_HEADERS)
 
 
-#: Calls a method of a replica, here or in Ray Serve; its answer is awaited, or cancelled.
+#: Calls a method of a replica: a coroutine here, or a response of Ray Serve, which is cancelled if
+#: nobody awaits it any more.
 AskReplica = Callable[[str, Any], Any]
 
 
@@ -255,8 +256,9 @@ class ModelGateway:
                         try:
                             answer: dict[str, Any] = await response
                         except asyncio.CancelledError:
-                            # The replica learns that nobody waits any more.
-                            response.cancel()
+                            # A replica elsewhere learns that nobody waits any more.
+                            if not asyncio.iscoroutine(response):
+                                response.cancel()
                             raise
                         self._remember(answer)
                         break

@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -160,14 +160,15 @@ class ModelReplica:
         await self._choose_model(manifest_ns)
         return self.describe()
 
-    def ask(self, method: str, request: Any) -> "asyncio.Task[ServedAnswer]":
-        """Return the task that answers a request, as a handle of Ray Serve does.
+    def ask(self, method: str, request: Any) -> Coroutine[Any, Any, ServedAnswer]:
+        """Return the coroutine that answers a request.
 
         Args:
             method: name of a method of this class.
             request: its argument.
         """
-        return asyncio.ensure_future(getattr(self, method)(request))
+        answering: Coroutine[Any, Any, ServedAnswer] = getattr(self, method)(request)
+        return answering
 
     async def predict(self, request: PredictionRequest) -> ServedAnswer:
         """Answer a prediction request, together with others that wait at the same time."""
