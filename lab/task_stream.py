@@ -614,7 +614,7 @@ def run_stream(argv: list[str] | None = None) -> None:
 
     study = StreamStudy(config)
     study.run_cells(study.tune_rates())
-    records = KeptStudy(study.path).content[RECORD]
+    records = KeptStudy(study.path).content.get(RECORD, {})
     costs = tabulate_costs(read_study_runs(study.path), records, study.plan.tasks)
     console.print_table("costs", COST_COLUMNS, costs)
 
