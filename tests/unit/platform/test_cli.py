@@ -314,7 +314,8 @@ def main(argv=None):
         if sys.argv[1] == "fail":
             Ray.shutdown = staticmethod(lambda: None)
             raise UserError("a.csv: too many bad rows")
-        time.sleep(60)
+        while True:  # a signal that comes just before a sleep is handled after it
+            time.sleep(0.1)
 
 raise SystemExit(cli._run_as_program(lambda: cli.run_command(main, [])))
 """
