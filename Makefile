@@ -14,7 +14,7 @@ UV_LOCK = $(BIN)/uv lock --quiet --default-index https://pypi.org/simple
 # compete for memory and save no time.
 JOBS ?= $(shell cores=$$(env -u OMP_NUM_THREADS nproc); echo $$((cores < 4 ? cores + 1 : 4)))
 
-.PHONY: demo skills docs check-lock lock test test-long test-all test-cluster test-node wheels release chaos fuzz check format bench gpu clean help
+.PHONY: demo skills docs check-lock lock test test-long test-all test-cluster test-cluster-all test-node wheels release chaos fuzz check format bench gpu clean help
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,7 @@ demo: $(VENV)/.installed  ## fetch, prepare, train, evaluate and register one mo
 skills: $(VENV)/.installed  ## add two skills to the demo's model, use them, remove them without a trace
 	@PATH="$(abspath $(BIN)):$$PATH" sh examples/skills.sh
 
+TEST_CLUSTER = timeout --signal=INT --kill-after=60 1800 $(BIN)/python -m pytest -x -rs tests/cluster
 # In directory order. The default order runs the few slow files last, one after the other.
 TESTS = $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 
@@ -40,9 +41,11 @@ test-all: $(VENV)/.installed-dev  ## run all tests that need no nodes, with the 
 
 # The test nodes end with this command. Without root the tests are skipped with the reason. The steps
 # build on each other, so the first failure (-x) ends the run.
-test-cluster: $(VENV)/.installed-dev  ## run docs/cluster.md on nodes made of namespaces (root)
-	timeout --signal=INT --kill-after=60 1800 \
-	    $(BIN)/python -m pytest -x -m cluster -rs tests/cluster $(PYTEST_ARGS)
+test-cluster: $(VENV)/.installed-dev  ## run docs/cluster.md on nodes made of namespaces (root), without slow tests
+	$(TEST_CLUSTER) -m "cluster and not slow" $(PYTEST_ARGS)
+
+test-cluster-all: $(VENV)/.installed-dev  ## run all of docs/cluster.md on such nodes: a sweep, its pages, SLURM
+	$(TEST_CLUSTER) -m cluster $(PYTEST_ARGS)
 
 # Needs 10 GB of disk while it runs.
 test-node: $(VENV)/.installed-dev  ## set up a node from a bare Debian and train on it (root, network, debootstrap)

@@ -72,6 +72,7 @@ def start_job(head: Host, shared: Path, log: Path) -> "subprocess.Popen[str]":
         return head.start("env", f"--chdir={ROOT}", *words, stdout=said, stderr=subprocess.STDOUT)
 
 
+@pytest.mark.slow("test_preemption.py::test_file_of_the_driver_requests_a_stop")
 def test_a_notice_leaves_a_checkpoint_and_the_next_start_ends_the_run(
     hosts: dict[str, Host], folder: Path
 ) -> None:

@@ -333,6 +333,7 @@ def test_training_on_two_hosts(hosts: dict[str, Host]) -> None:
         assert int(cached) > 0, name
 
 
+@pytest.mark.slow("test_sweeps.py::test_asha_a_failure_and_a_resumed_sweep")
 def test_a_sweep_continues_without_the_client(hosts: dict[str, Host]) -> None:
     client = hosts["client"]
     # Two trials, each of which takes all cores of a host.
@@ -370,6 +371,7 @@ def test_a_sweep_continues_without_the_client(hosts: dict[str, Host]) -> None:
         assert stored(client, f"runs/sweep/trials/{each}/reports.jsonl")
 
 
+@pytest.mark.slow("test_walk.py::test_the_head_runs_a_tracker_behind_a_password")
 def test_the_pages_of_the_runs_through_a_tunnel(hosts: dict[str, Host], cluster: str) -> None:
     client = hosts["client"]
     words = ("tracker", "--port", "5001", "--store", TRACKS)

@@ -15,10 +15,10 @@ from _pytest.mark.expression import Expression
 
 ROOT = Path(__file__).parents[3]
 OPTIONS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
-LANES = ("test", "test-long", "test-all", "test-cluster", "test-node")
+LANES = ("test", "test-long", "test-all", "test-cluster", "test-cluster-all", "test-node")
 
 #: Lanes that CI runs over a change.
-CI = {"test", "test-long"}
+CI = {"test", "test-long", "test-cluster"}
 
 #: Seam -> file and name of a test that CI runs.
 SEAMS = {
@@ -61,6 +61,8 @@ SEAMS = {
         "test_tracking_server.py",
         "test_a_call_without_credentials_is_rejected",
     ),
+    "a cluster": ("test_walk.py", "test_ray_up_and_status"),
+    "a job on a cluster": ("test_walk.py", "test_training_on_two_hosts"),
     "the tutorial": ("test_tutorial.py", "test_the_tutorial_runs_as_printed"),
 }
 
@@ -147,6 +149,8 @@ def test_no_test_is_in_no_lane(
     assert lanes_of(frozenset({"slow", "integration"}), lanes) == {"test-all"}
     assert lanes_of(frozenset({"long", "integration"}), lanes) == {"test-long", "test-all"}
     assert lanes_of(frozenset({"long", "slow"}), lanes) == {"test-all"}
+    assert lanes_of(frozenset({"cluster"}), lanes) == {"test-cluster", "test-cluster-all"}
+    assert lanes_of(frozenset({"cluster", "slow"}), lanes) == {"test-cluster-all"}
     lost = [
         name
         for name, test in tests.items()
@@ -178,7 +182,7 @@ def test_a_slow_test_names_a_cheaper_one_that_ci_runs(
 
 def test_ci_runs_its_lanes() -> None:
     script = (ROOT / ".ci/run").read_text(encoding="utf-8")
-    assert {lane for lane in CI if re.search(rf"step ({lane}\b|.*:-{lane}}})", script)} == CI
+    assert {lane for lane in CI if re.search(rf"step ({lane}\s|.*:-{lane}}})", script)} == CI
 
 
 def test_ci_checks_names_words_and_imports() -> None:
@@ -191,10 +195,16 @@ def test_ci_checks_names_words_and_imports() -> None:
     }
 
 
-def test_ci_installs_the_wheels_and_trains_with_them_every_night() -> None:
+def test_ci_has_a_longer_way_every_night() -> None:
+    """The installed wheels train, and the walk through a cluster is whole."""
     script = (ROOT / ".ci/run").read_text(encoding="utf-8")
-    choice = 'if [ "${1:-test}" = test-all ]; then step release; else step wheels; fi'
-    assert choice in [line.strip() for line in script.splitlines()]
+    way = script.partition('if [ "${1:-test}" = test-all ]; then')[2].partition("fi\n")[0]
+    night, change = (part.split("\n") for part in way.split("else\n"))
+    assert [line.strip() for line in night if line.strip()] == [
+        "step release",
+        "step test-cluster-all",
+    ]
+    assert "step wheels" in [line.strip() for line in change]
 
 
 def test_the_workflow_runs_the_slow_tests_every_night() -> None:
