@@ -131,7 +131,9 @@ class Launcher:
     scope="module",
     params=[
         pytest.param(FILES[0], id="small"),
-        pytest.param(FILES[1], id="large", marks=pytest.mark.long),
+        pytest.param(
+            FILES[1], id="large", marks=pytest.mark.slow("test_aws.py::test_ray_up_starts_a_head")
+        ),
     ],
 )
 def launcher(

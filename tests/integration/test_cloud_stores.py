@@ -63,6 +63,7 @@ def test_a_users_corpus_goes_from_the_store_into_the_store(
     assert there["splits"] == here["splits"]
 
 
+@pytest.mark.slow("test_mirror.py::test_an_empty_disk_resumes_to_the_bit")
 def test_a_run_lies_in_the_store_and_reads_from_it(
     store: CloudStore, run_root: Path, tmp_path: Path, ray_session: Any
 ) -> None:

@@ -19,9 +19,7 @@ SEED = 0
 #: Kills of the other commands have cheaper tests.
 LANES = {
     "prepare": (),
-    "finetune": pytest.mark.slow(
-        "test_run_folder.py::test_a_run_that_is_killed_while_it_finishes_is_recorded_once"
-    ),
+    "finetune": pytest.mark.slow("test_faults.py::test_a_worker_and_then_the_driver_killed"),
     "register": pytest.mark.slow(
         "test_registration.py::test_a_registration_killed_after_any_write_is_completed_once"
     ),

@@ -182,7 +182,18 @@ def wait_for_shards(data: Path, count: int, process: "subprocess.Popen[str]") ->
     wait_until(has_shards, 300, process=process)
 
 
-@pytest.mark.parametrize("with_media", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "with_media",
+    [
+        False,
+        pytest.param(
+            True,
+            marks=pytest.mark.slow(
+                "test_prepare.py::test_a_prepare_that_is_asked_to_leave_says_so_in_one_line"
+            ),
+        ),
+    ],
+)
 def test_a_prepare_that_is_asked_to_leave_says_so_in_one_line(
     made: tuple[Path, Path], tmp_path: Path, with_media: bool
 ) -> None:

@@ -127,7 +127,18 @@ def test_workers_import_nothing_from_the_working_directory(ray_session: Any) -> 
     assert list(worker.get_job_config().py_driver_sys_path) == []
 
 
-@pytest.mark.parametrize("place", [pytest.param("ray", marks=pytest.mark.long), "machine"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        pytest.param(
+            "ray",
+            marks=pytest.mark.slow(
+                "test_rubbish.py::test_a_row_that_hangs_or_ends_its_worker_is_rejected"
+            ),
+        ),
+        "machine",
+    ],
+)
 def test_a_row_that_hangs_or_ends_its_worker_is_rejected(
     tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:

@@ -95,7 +95,9 @@ def test_a_second_process_gets_a_message_that_names_the_first(
     assert not (run_root / "run").exists(), "nothing was written"
 
 
-@pytest.mark.long
+@pytest.mark.slow(
+    "test_registration.py::test_a_registration_killed_after_any_write_is_completed_once"
+)
 def test_a_run_that_is_killed_while_it_finishes_is_recorded_once(run_root: Path) -> None:
     data = write_corpora(run_root / "corpora")
     done = run_python("-c", KILLS, *words(data))

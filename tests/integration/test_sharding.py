@@ -231,7 +231,7 @@ def compare_compiled(rank: int, world: int, config: FinetuneConfig) -> None:
     )
 
 
-@pytest.mark.long
+@pytest.mark.slow("test_sharding.py::test_two_then_four_ranks_equal_one_process")
 def test_compiled_layers_equal_plain_ones(data: Path) -> None:
     """Weights are freed after each layer and gathered again, which the graphs must not notice."""
     config = small_config(data, steps=3, kept_tokens=0, sharding="full")

@@ -223,7 +223,7 @@ def sweep_file(path: Path, run: FinetuneConfig, **more: Any) -> Path:
     return path
 
 
-@pytest.mark.long
+@pytest.mark.slow("test_sweeps.py::test_asha_a_failure_and_a_resumed_sweep")
 def test_optuna_with_seeds_from_the_command_line(
     data: Path,
     run_root: Path,
