@@ -141,6 +141,9 @@ def test_it_is_recorded_with_its_references_below_it(place: Path, grown: dict[st
     assert {each.info.status for each in below} == {"FINISHED"}
 
 
+@pytest.mark.slow(
+    "test_merged_runs.py::test_a_merge_is_registered_if_its_parts_are_or_a_name_is_given"
+)
 def test_two_growths_merge_with_equal_outputs(
     place: Path, grown: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

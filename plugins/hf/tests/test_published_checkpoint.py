@@ -52,6 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @torch.no_grad()
+@pytest.mark.slow("test_upcycling.py::test_skills_copied_from_a_library_compute_its_outputs")
 def test_both_towers_start_with_the_outputs_of_a_published_bert(
     folder, run_root, tmp_path, one_process
 ):

@@ -172,6 +172,9 @@ def card_of(usable: float) -> GpuType:
     return GpuType("small", (usable + 1.5e9) / 0.95e9, 300, 121, 30)
 
 
+@pytest.mark.slow(
+    "test_memory_plan.py::test_weights_in_the_host_are_an_option_that_makes_a_run_fit"
+)
 def test_a_run_that_does_not_fit_gets_the_option_that_makes_it_fit() -> None:
     config = short_config()
     planner = RunPlanner(config, LARGE, 1)
@@ -187,7 +190,18 @@ def test_a_run_that_does_not_fit_gets_the_option_that_makes_it_fit() -> None:
     assert problem[1].startswith("a GPU with")
 
 
-@pytest.mark.parametrize("command", [finetune, pretrain])
+@pytest.mark.parametrize(
+    "command",
+    [
+        finetune,
+        pytest.param(
+            pretrain,
+            marks=pytest.mark.slow(
+                "test_memory_plan.py::test_base_fits_the_machines_of_the_cluster_file"
+            ),
+        ),
+    ],
+)
 def test_base_fits_the_machines_of_the_cluster_file(command: CliCommand[Any]) -> None:
     config = command.parse_arguments(["--config", "base", "--training.workers", "4"])
     planner = RunPlanner(config, GPU_TYPES["L4"], 4)

@@ -70,6 +70,7 @@ def study_of() -> StudyConfig:
     )
 
 
+@pytest.mark.slow("test_planned_trials.py::test_plan_shows_the_runs_of_a_study")
 def test_each_system_of_a_study_is_planned() -> None:
     study = study_of()
     runs = select_largest_runs(list_study_runs(study))

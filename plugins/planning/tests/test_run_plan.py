@@ -188,7 +188,12 @@ def planned(gpus: str, *words: str) -> RunPlan:
 @pytest.mark.parametrize(
     ("gpus", "preset", "mean", "best", "launches"),
     [
-        ("8xH100", "h100", 0.51, 0.54, 1800),
+        pytest.param(
+            *("8xH100", "h100", 0.51, 0.54, 1800),
+            marks=pytest.mark.slow(
+                "test_run_plan.py::test_presets_of_gpus_keep_their_predicted_utilisation"
+            ),
+        ),
         ("1xH100", "h100", 0.5, 0.53, 2000),
     ],
 )

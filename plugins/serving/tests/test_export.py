@@ -169,7 +169,12 @@ def test_a_hub_that_does_not_answer_is_one_sentence(
         ("hf", None),
         ("dense", "text_to_image"),
         ("pt2", "text_to_code"),
-        ("onnx", "text_to_image"),
+        pytest.param(
+            *("onnx", "text_to_image"),
+            marks=pytest.mark.slow(
+                "test_export.py::test_exports_name_no_place_of_the_machine_and_are_readable"
+            ),
+        ),
         ("sentence-transformers", "text_to_image"),
     ],
 )

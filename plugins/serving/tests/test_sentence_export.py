@@ -75,6 +75,9 @@ def test_vectors_are_those_of_skillnet_also_after_saving_again(
         code.encode(pictures)
 
 
+@pytest.mark.slow(
+    "test_sentence_export.py::test_vectors_are_those_of_skillnet_also_after_saving_again"
+)
 def test_mteb_evaluates_a_local_task(folders: Folders) -> None:
     mteb = pytest.importorskip("mteb", reason="mteb is not installed")
     datasets = pytest.importorskip("datasets")

@@ -88,7 +88,15 @@ def test_runs_of_two_studies_are_compared_on_the_folds_that_they_share(tmp_path:
     assert lines[2:] == ["| text to video", "| mean"]
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+#: Pages of many runs, which take ten times as long to write as the others.
+OF_MANY_RUNS = ("scale", "stream")
+SLOW = pytest.mark.slow("test_study_tables.py::test_the_page_shows_what_the_kept_studies_give")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[SLOW] if name in OF_MANY_RUNS else []) for name in BLOCKS],
+)
 def test_the_page_shows_what_the_kept_studies_give(name: str) -> None:
     assert between(BLOCKS[name].page, name) == render_block(BLOCKS[name])
 

@@ -19,6 +19,10 @@ from tools.docs.run_notebook import EXAMPLES, NEEDED_FOLDERS, execute_notebook  
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 #: The other ones read the model of a demo, which takes minutes to train.
 COMPLETE = [path for path in NOTEBOOKS if path.stem not in NEEDED_FOLDERS]
+#: Stem of a notebook -> the lane of its test.
+LANES = {
+    "train": pytest.mark.slow("test_notebook.py::test_notebook_runs_and_prints_its_saved_outputs")
+}
 API_NOTEBOOK = EXAMPLES / "python-api.ipynb"
 
 
@@ -32,7 +36,9 @@ def printed_lines(notebook: "nbformat.NotebookNode") -> list[str]:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("path", COMPLETE, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=LANES.get(path.stem, ()), id=path.stem) for path in COMPLETE]
+)
 def test_notebook_runs_and_prints_its_saved_outputs(path: Path) -> None:
     saved = nbformat.read(path, as_version=4)
     assert printed_lines(execute_notebook(path)) == printed_lines(saved)

@@ -76,6 +76,7 @@ def test_the_process_of_a_failed_part_leaves_a_row(
     assert rows.list_finished() == set()
 
 
+@pytest.mark.slow("test_gpu_parts.py::test_checkpoints_and_exchanges_are_timed")
 def test_another_call_measures_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,7 +169,7 @@ def test_checkpoints_and_exchanges_are_timed(bench: GpuBench) -> None:
     assert found["exchange of tasks", "ms"].value > 0
 
 
-@pytest.mark.long
+@pytest.mark.slow("test_gpu_parts.py::test_checkpoints_and_exchanges_are_timed")
 def test_rates_of_a_loader_come_with_and_without_steps(
     bench: GpuBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,7 +187,7 @@ def test_a_traced_step_leaves_its_trace(bench: GpuBench) -> None:
     assert {path.name for path in bench.output.iterdir()} == names
 
 
-@pytest.mark.long
+@pytest.mark.slow("test_gpu_parts.py::test_checkpoints_and_exchanges_are_timed")
 def test_ranks_are_measured_and_a_killed_run_resumes(bench: GpuBench) -> None:
     (sums,) = rank_parts.measure_sums(bench, 2)
     assert sums.value > 0

@@ -321,6 +321,9 @@ def test_a_package_without_settings_for_predictions_joins_no_served_model(
 
 
 @pytest.mark.integration
+@pytest.mark.slow(
+    "test_skill_commands.py::test_an_added_task_predicts_and_a_removed_one_leaves_no_trace"
+)
 def test_the_demo_of_packages_prints_what_the_readme_quotes(place, tmp_path):
     runs = tmp_path / "runs"
     shutil.copytree(place.bundle, runs / "quickstart-1")

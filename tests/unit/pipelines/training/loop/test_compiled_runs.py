@@ -18,6 +18,8 @@ from skillnet_platform.storage import read_json
 from tests.helpers import small_models
 from tests.helpers.small_corpora import small_config, write_corpora
 
+SLOW = pytest.mark.slow("test_compiled_runs.py::test_no_step_and_no_validation_compiles")
+
 
 class GraphCounter:
     """Callback that notes the number of graphs before the first step."""
@@ -37,11 +39,14 @@ class GraphCounter:
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"micro_batch_size": 3, "kept_tokens": 20},
-        {"trainable": ["skill-general", "skill-alignment", "head-text_classification"]},
+        pytest.param({}, id="whole"),
+        pytest.param({"micro_batch_size": 3, "kept_tokens": 20}, id="in parts", marks=SLOW),
+        pytest.param(
+            {"trainable": ["skill-general", "skill-alignment", "head-text_classification"]},
+            id="frozen stems",
+            marks=SLOW,
+        ),
     ],
-    ids=["whole", "in parts", "frozen stems"],
 )
 def test_no_step_and_no_validation_compiles(
     options: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
