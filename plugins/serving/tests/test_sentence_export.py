@@ -1,5 +1,6 @@
 """A task as a model of Sentence Transformers: equal vectors, and an evaluation by mteb."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -7,14 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip("sentence_transformers", reason="needs the extra sentence-transformers")
-
-from sentence_transformers import SentenceTransformer
-
 from pipelines.serving.bundle import build_bundle, check_bundle
 from skillnet.model import SkillNet
 from skillnet_serving.model_export import export_bundle
 from tests.helpers.served_place import ServedPlace
+
+#: Each process that collects this file would import the package for six seconds.
+pytestmark = pytest.mark.skipif(
+    find_spec("sentence_transformers") is None, reason="needs the extra sentence-transformers"
+)
 
 TEXTS = ["红色的心", "蓝色的鱼在水里游", "猫"]
 
@@ -43,6 +45,8 @@ def plain(vectors: torch.Tensor) -> np.ndarray:
 def test_vectors_are_those_of_skillnet_also_after_saving_again(
     folders: Folders, tmp_path: Path
 ) -> None:
+    from sentence_transformers import SentenceTransformer
+
     bundle, of_images, of_code = folders
     source = SkillNet.from_pretrained(bundle)
     model = SentenceTransformer(str(of_images), device="cpu", trust_remote_code=True)
@@ -83,6 +87,7 @@ def test_mteb_evaluates_a_local_task(folders: Folders) -> None:
     datasets = pytest.importorskip("datasets")
     from mteb.abstasks import AbsTaskSTS
     from mteb.abstasks.task_metadata import TaskMetadata
+    from sentence_transformers import SentenceTransformer
 
     class LocalPairs(AbsTaskSTS):
         metadata = TaskMetadata(
