@@ -253,6 +253,7 @@ def test_the_head_runs_a_tracker_behind_a_password(hosts: dict[str, Host]) -> No
     assert client.run(*ask, "-u", f"admin:{password(head)}", page).stdout == "200"
 
 
+@pytest.mark.slow("test_cluster_checks.py::test_a_real_node_is_looked_at")
 def test_doctor_looks_at_every_node(hosts: dict[str, Host]) -> None:
     client = hosts["client"]
     asked = [
@@ -283,6 +284,7 @@ def test_doctor_looks_at_every_node(hosts: dict[str, Host]) -> None:
     assert reported["ray state api"][0]["seen"] == "2 node(s)"
 
 
+@pytest.mark.slow("test_cluster_checks.py::test_a_node_that_differs_is_named")
 def test_a_run_on_disks_that_nobody_shares_is_refused(hosts: dict[str, Host]) -> None:
     done = submit(hosts["client"], "finetune", "--training.workers", "2", check=False)
     assert (done["status"], done["exit_code"]) == ("FAILED", 1)
@@ -290,6 +292,7 @@ def test_a_run_on_disks_that_nobody_shares_is_refused(hosts: dict[str, Host]) ->
     assert hosts["head"].run("bash", "-c", f"ls {HOME} | grep finetune", check=False).returncode
 
 
+@pytest.mark.slow("test_prepare.py::test_every_row_is_in_a_split_or_in_the_quarantine")
 def test_prepare_by_plain_job_submission_and_by_ours(
     hosts: dict[str, Host], cluster: str, folder: Path
 ) -> None:
@@ -398,6 +401,7 @@ def test_the_pages_of_the_runs_through_a_tunnel(hosts: dict[str, Host], cluster:
     attached.kill()
 
 
+@pytest.mark.slow("test_jobs.py::test_the_exit_code_is_the_jobs")
 def test_a_user_error_is_reported_by_the_job(hosts: dict[str, Host]) -> None:
     client = hosts["client"]
     done = submit(client, "--check", "false", "prepare", "no-such-corpus", check=False)

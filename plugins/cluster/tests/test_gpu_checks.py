@@ -174,6 +174,7 @@ def test_a_failed_sum_names_both_nodes_once(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.integration
+@pytest.mark.slow("test_gpu_checks.py::test_a_failed_sum_names_both_nodes_once")
 def test_two_real_ranks_add_up_and_a_real_process_reports_its_torch() -> None:
     address = f"127.0.0.1:{free_port()}"
     role = SumRole((0, 1), address, "gloo", "127.0.0.1")

@@ -131,6 +131,7 @@ def test_onnx_without_its_extra_names_it(made, tmp_path, monkeypatch):
         made.export(tmp_path / "graph", "onnx", "speech_recognition")
 
 
+@pytest.mark.slow("test_export.py::test_folder_for_the_hub_loads_again_and_has_a_card")
 def test_one_task_of_a_pushed_model_is_downloaded_alone(made: ExportPlace, tmp_path: Path) -> None:
     with serve_hub() as hub:
         for name, task in (("owner/tags", None), ("owner/tags@v1", "text_to_image")):

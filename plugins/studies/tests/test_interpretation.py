@@ -249,6 +249,7 @@ def test_frozen_weights_are_included_and_stay_frozen(data: Path, model: SkillNet
 # -- files and command
 
 
+@pytest.mark.slow("test_interpretation.py::test_command_prints_json_and_rejects_errors")
 def test_all_files_and_figures_are_written(data: Path, model: SkillNet, tmp_path: Path) -> None:
     made = interpret_model(
         model,

@@ -121,6 +121,7 @@ def test_the_answer_the_figures_and_one_short_table_come_first(report, page):
         assert title in page
 
 
+@pytest.mark.slow("test_report_page.py::test_the_answer_the_figures_and_one_short_table_come_first")
 def test_a_study_of_unequal_tasks_shows_its_series(tmp_path: Path) -> None:
     runs = []
     for system in ("skillnet", "dense"):
@@ -228,6 +229,7 @@ def test_numbers_stay_whole_at_100_columns(report, monkeypatch, capsys):
     assert console.terminal_width(None) == 100
 
 
+@pytest.mark.slow("test_report_page.py::test_the_answer_the_figures_and_one_short_table_come_first")
 def test_the_figure_of_the_documents_is_drawn_from_kept_files(report, tmp_path):
     write_report(report, tmp_path)
     assert draw_study.read_reference(read_csv_rows(tmp_path / "summary.csv")) == pytest.approx(40)

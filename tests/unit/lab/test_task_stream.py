@@ -84,7 +84,7 @@ def read_records(config: StreamConfig) -> dict[str, dict[str, Any]]:
     return records
 
 
-@pytest.mark.long
+@pytest.mark.slow("test_task_stream.py::test_a_fold_stays_on_its_base")
 def test_all_arms_read_equal_rows_and_are_kept_and_compared(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,7 +170,7 @@ def test_all_arms_read_equal_rows_and_are_kept_and_compared(
     assert not comparison.has_task("text_to_video", "full-50")
 
 
-@pytest.mark.slow("test_task_stream.py::test_all_arms_read_equal_rows_and_are_kept_and_compared")
+@pytest.mark.slow("test_task_stream.py::test_a_fold_stays_on_its_base")
 def test_a_killed_study_continues_elsewhere_with_its_rates(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
